@@ -1,0 +1,139 @@
+"""Choosing the next token from logits, on the device, with no random state but (seed, step).
+
+The draw is Gumbel-max: argmax(score + noise), with the noise a hash of (seed, step, token id). So a seed gives the
+same tokens on every device up to the rounding of the logits, and a step needs no generator that a CUDA graph
+would have to register.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing by them would overflow."""
+
+_WORD = 0xFFFFFFFF
+
+
+@dataclass(slots=True)
+class SamplerState:
+    """The running request's sampling. Tensors are allocated once and never move; a request refills them.
+
+    Attributes:
+        temperature, top_k, top_p, min_p, repetition, presence, frequency: as in `SamplingParams`.
+        min_tokens: the tokens in ``ends`` are masked while ``step`` is less.
+        seed: 64 bits.
+        biased: ``bias`` holds something.
+        bias: float32 [V].
+        seen: tokens of prompt and answer, bool [V].
+        counts: how often each token was generated, float32 [V].
+        ends: tokens that end the answer, bool [V].
+        step: tokens drawn so far, int64 [1].
+    """
+
+    bias: Tensor
+    seen: Tensor
+    counts: Tensor
+    ends: Tensor
+    step: Tensor
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    min_tokens: int = 0
+    seed: int = 0
+    biased: bool = False
+
+    @classmethod
+    def allocate(cls, vocab_size: int, device: torch.device) -> "SamplerState":
+        """A state for one request at a time."""
+        return cls(
+            bias=torch.zeros(vocab_size, device=device),
+            seen=torch.zeros(vocab_size, dtype=torch.bool, device=device),
+            counts=torch.zeros(vocab_size, device=device),
+            ends=torch.zeros(vocab_size, dtype=torch.bool, device=device),
+            step=torch.zeros(1, dtype=torch.int64, device=device),
+        )
+
+
+def sample(logits: Tensor, state: SamplerState) -> Tensor:
+    """Draw a token and note it in the state.
+
+    Args:
+        logits: float32 [V].
+        state: **updated**.
+
+    Returns:
+        int64 [1].
+    """
+    scores = _adjusted(logits, state)
+    if state.temperature >= GREEDY_BELOW:
+        scores = _truncated(scores / state.temperature, state)
+        scores = scores + _gumbel(len(scores), state)
+    choice = scores.argmax(dim=-1, keepdim=True)
+    state.counts[choice] += 1
+    state.seen[choice] = True
+    state.step.add_(1)
+    return choice
+
+
+def _adjusted(logits: Tensor, state: SamplerState) -> Tensor:
+    """Bias, penalties and the mask of min_tokens."""
+    scores = logits.clone()
+    if state.biased:
+        scores += state.bias
+    if state.repetition != 1:
+        penalised = torch.where(scores > 0, scores / state.repetition, scores * state.repetition)
+        scores = torch.where(state.seen, penalised, scores)
+    if state.presence or state.frequency:
+        scores -= state.presence * (state.counts > 0) + state.frequency * state.counts
+    if state.min_tokens:
+        scores = scores.masked_fill(state.ends & (state.step < state.min_tokens), -torch.inf)
+    return scores
+
+
+def _truncated(scores: Tensor, state: SamplerState) -> Tensor:
+    """min_p, top_k and top_p as thresholds on the scores; ties at a threshold stay."""
+    if state.min_p:
+        floor = scores.max() + torch.log(torch.tensor(state.min_p, device=scores.device))
+        scores = scores.masked_fill(scores < floor, -torch.inf)
+    if 0 < state.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(state.top_k).values[-1], -torch.inf)
+    if state.top_p < 1:
+        ordered = scores.sort(descending=True).values
+        probabilities = ordered.softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        kept = (before < state.top_p) & (ordered > -torch.inf)
+        scores = scores.masked_fill(scores < ordered[kept.sum() - 1], -torch.inf)
+    return scores
+
+
+def _gumbel(count: int, state: SamplerState) -> Tensor:
+    """Standard Gumbel noise for every token, float32 [count]."""
+    key = _mix(state.step ^ _mix_int(state.seed & _WORD))
+    key = _mix(key ^ ((state.seed >> 32) & _WORD))
+    bits = _mix(torch.arange(count, device=state.step.device) ^ key)
+    # 23 bits and a half: the largest value is 1 - 2^-24, which float32 holds; 1 itself would give infinity.
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit integer hash with low bias (xor-shift and multiply, C. Wellons' constants) in int64 lanes."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _WORD
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def _mix_int(x: int) -> int:
+    x ^= x >> 16
+    x = (x * 0x7FEB352D) & _WORD
+    x ^= x >> 15
+    x = (x * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)

@@ -1,0 +1,146 @@
+"""Which function runs each op: a literal table, resolved once at load, printed with its reasons.
+
+A new backend is a line in `BACKENDS` and a predicate in `REQUIREMENTS`; the model never asks which one runs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoserve.errors import BackendError
+from nanoserve.kernels.attention import LayerKV
+from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
+from nanoserve.kernels.ssm import SsmWeights
+
+BACKENDS: Mapping[str, Mapping[str, str]] = {
+    # op: {backend: "module:function"}, best first. The torch column is each op's meaning and runs anywhere.
+    "add_norm": {"torch": "nanoserve.kernels.norm:add_norm"},
+    "gated_norm": {"torch": "nanoserve.kernels.norm:gated_norm"},
+    "linear_plain": {"torch": "nanoserve.kernels.linear:linear"},
+    "linear_fp8": {"torch": "nanoserve.kernels.linear:linear"},
+    "linear_nvfp4": {"torch": "nanoserve.kernels.linear:linear"},
+    "head": {"torch": "nanoserve.kernels.linear:linear_f32"},
+    "conv_prefill": {"torch": "nanoserve.kernels.conv:conv"},
+    "conv_decode": {"torch": "nanoserve.kernels.conv:conv"},
+    "ssm_prefill": {"torch": "nanoserve.kernels.ssm:ssm_scan"},
+    "ssm_decode": {"torch": "nanoserve.kernels.ssm:ssm_step"},
+    "kv_append": {"torch": "nanoserve.kernels.attention:kv_append"},
+    "attention_prefill": {"torch": "nanoserve.kernels.attention:attention"},
+    "attention_decode": {"torch": "nanoserve.kernels.attention:attention"},
+    "router": {"torch": "nanoserve.kernels.router:router"},
+    "experts_prefill": {"torch": "nanoserve.kernels.moe:experts"},
+    "experts_decode": {"torch": "nanoserve.kernels.moe:experts"},
+    "sample": {"torch": "nanoserve.kernels.sample:sample"},
+}
+
+Requirement = Callable[[torch.device], str | None]
+"""Why a backend cannot run on a device, or None when it can."""
+
+REQUIREMENTS: Mapping[str, Requirement] = {"torch": lambda device: None}
+
+Experts = Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
+Attend = Callable[[Tensor, LayerKV, Tensor, Tensor], Tensor]
+Conv = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """Why an op runs on its backend: ``rejected`` holds (backend, reason) pairs."""
+
+    op: str
+    backend: str
+    reason: str
+    rejected: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """Every op of the model, resolved. Contracts stand at the torch functions that `BACKENDS` names."""
+
+    add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    gated_norm: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
+    linear_plain: Callable[[Tensor, Weight], Tensor]
+    linear_fp8: Callable[[Tensor, Weight], Tensor]
+    linear_nvfp4: Callable[[Tensor, Weight], Tensor]
+    head: Callable[[Tensor, Weight], Tensor]
+    conv_prefill: Conv
+    conv_decode: Conv
+    ssm_prefill: Callable[[Tensor, Tensor, Tensor, Tensor, SsmWeights, Tensor, int], Tensor]
+    ssm_decode: Callable[[Tensor, Tensor, Tensor, Tensor, SsmWeights, Tensor], Tensor]
+    kv_append: Callable[[Tensor, Tensor, LayerKV, Tensor, Tensor], None]
+    attention_prefill: Attend
+    attention_decode: Attend
+    router: Callable[[Tensor, Tensor, Tensor, int, float, bool], tuple[Tensor, Tensor]]
+    experts_prefill: Experts
+    experts_decode: Experts
+    sample: Callable[..., Tensor]
+    report: tuple[Resolution, ...]
+
+    def linear(self, x: Tensor, weight: Weight) -> Tensor:
+        """The linear op of the weight's own format: [T, K] → [T, N]."""
+        match weight:
+            case Plain():
+                return self.linear_plain(x, weight)
+            case Fp8():
+                return self.linear_fp8(x, weight)
+            case Nvfp4():
+                return self.linear_nvfp4(x, weight)
+
+
+def select(device: torch.device, choices: Mapping[str, str]) -> Ops:
+    """Resolve every op for a device.
+
+    Args:
+        device: where the model runs.
+        choices: op → backend, for ops that should not be chosen automatically.
+
+    Raises:
+        BackendError: an unknown op or backend, or a chosen backend that cannot run here; names the choices.
+    """
+    unknown = sorted(set(choices) - set(BACKENDS))
+    if unknown:
+        raise BackendError(f"unknown op {unknown[0]!r}; known are {', '.join(BACKENDS)}")
+    report = tuple(_resolve(op, device, choices.get(op)) for op in BACKENDS)
+    functions: dict[str, Any] = {row.op: _function(BACKENDS[row.op][row.backend]) for row in report}
+    expected = {field.name for field in fields(Ops)} - {"report"}
+    assert functions.keys() == expected, "BACKENDS and Ops name different ops"
+    return Ops(**functions, report=report)
+
+
+def describe(report: tuple[Resolution, ...]) -> list[str]:
+    """The report for people: a line for each backend, reason and rejection, with the ops it holds for.
+
+    Where one line holds for every op, it says so.
+    """
+    groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], list[str]] = {}
+    for row in report:
+        groups.setdefault((row.backend, row.reason, row.rejected), []).append(row.op)
+    lines: list[str] = []
+    for (backend, reason, rejected), ops in groups.items():
+        names = "every op" if len(ops) == len(report) else ", ".join(ops)
+        others = [f"not {other}: {why}" for other, why in rejected]
+        lines.append("; ".join([f"{backend} ({reason}): {names}", *others]))
+    return lines
+
+
+def _resolve(op: str, device: torch.device, choice: str | None) -> Resolution:
+    backends = BACKENDS[op]
+    reasons = {backend: REQUIREMENTS[backend](device) for backend in backends}
+    able = [backend for backend, reason in reasons.items() if reason is None]
+    rejected = tuple((backend, reason) for backend, reason in reasons.items() if reason is not None)
+    if choice is None:
+        return Resolution(op, able[0], "the best that runs here", rejected)
+    if choice not in backends:
+        raise BackendError(f"op {op} has no backend {choice!r}; it has {', '.join(backends)}")
+    if choice not in able:
+        raise BackendError(f"op {op}: {choice} cannot run: {reasons[choice]}; able: {', '.join(able)}")
+    return Resolution(op, choice, "chosen by name", rejected)
+
+
+def _function(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)

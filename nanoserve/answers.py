@@ -1,0 +1,216 @@
+"""From the worker's thread to the wire: events become pieces of text, and pieces an HTTP answer.
+
+`Answers` is the bridge to the event loop: it submits, hands out pieces in order, and cancels. `Generation` is
+the HTTP response around it, whole or streamed.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import anyio.to_thread
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from nanoserve.choice import Choice, Piece
+from nanoserve.errors import EngineError
+from nanoserve.http_guard import JsonResponse, record_of, to_json
+from nanoserve.metrics import RequestRecord
+from nanoserve.parameters import usage
+from nanoserve.protocol import error_answer
+from nanoserve.request import Event, Request, Token
+from nanoserve.tokenizer import Tokenizer
+from nanoserve.worker import Worker
+
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class Answers:
+    """The choices of one HTTP request, submitted together and generated one after another.
+
+    Args:
+        worker: takes the requests at once, or raises.
+        requests: one a choice.
+        tokenizer: None makes every text empty.
+        record: gets the times and counts.
+
+    Raises:
+        QueueFull, EngineError, RequestError: see `Worker.submit`.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        requests: Sequence[Request],
+        tokenizer: Tokenizer | None,
+        record: RequestRecord,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self._record = record
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._choices = [Choice(i, r.sampling.stop, tokenizer) for i, r in enumerate(requests)]
+
+        def deliver(index: int, event: Event) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        self._tickets = worker.submit_all(requests, deliver)
+
+    async def pieces(self, patience: float | None = None) -> AsyncIterator[Piece | None]:
+        """Every piece until all choices have ended; None after each ``patience`` seconds of silence.
+
+        Raises:
+            EngineError: the engine failed, or the server gave up the request.
+        """
+        while not all(choice.ended for choice in self._choices):
+            try:
+                async with asyncio.timeout(patience):
+                    index, event = await self._events.get()
+            except TimeoutError:
+                yield None
+                continue
+            for piece in self._push(index, event):
+                yield piece
+
+    def _push(self, index: int, event: Event) -> list[Piece]:
+        choice = self._choices[index]
+        if isinstance(event, Token) and not choice.ended:
+            self._record.token(index)
+        try:
+            pieces = choice.push(event)
+        except EngineError:
+            self._record.end("error")
+            raise
+        if pieces and pieces[-1].finish is not None:
+            self._record.end(pieces[-1].finish)
+            self._tickets[index].cancel()  # at a stop string the engine is still generating
+        return pieces
+
+    def cancel(self) -> None:
+        """Cancel what has not ended: the client left, or an error ended the answer."""
+        for ticket, choice in zip(self._tickets, self._choices, strict=True):
+            if not choice.ended:
+                choice.ended = True
+                self._record.end("cancelled")
+                ticket.cancel()
+
+
+class Writer(Protocol):
+    """Pieces to an endpoint's wire format."""
+
+    def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """A piece's chunks."""
+        ...
+
+    def usage_chunk(self, usage: Mapping[str, Any]) -> dict[str, Any]:
+        """The last chunk."""
+        ...
+
+    def answer(self, pieces: Sequence[Piece], usage: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer in one object."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A checked and tokenised request: what to generate, and how to write the answer."""
+
+    requests: Sequence[Request]
+    writer: Writer
+    prompt_tokens: int
+    stream: bool
+    include_usage: bool
+
+
+class Generation(Response):
+    """Submits a job and sends its answer, whole or as server-sent events; a client that leaves cancels it."""
+
+    def __init__(self, job: Job, worker: Worker, tokenizer: Tokenizer | None, ping_interval: float) -> None:
+        super().__init__()
+        self._job, self._worker, self._tokenizer = job, worker, tokenizer
+        self._ping_interval = ping_interval
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Submit, then send.
+
+        Raises:
+            NanoserveError: nothing was sent yet, and the request was refused or failed.
+            ClientDisconnect: the client left.
+        """
+        record = record_of(scope)
+        answers = Answers(self._worker, self._job.requests, self._tokenizer, record)
+        record.prompt(self._job.prompt_tokens)
+        try:
+            work = self._stream(answers, send) if self._job.stream else self._whole(answers, scope, send)
+            await _until_gone(receive, work)
+        finally:
+            answers.cancel()
+
+    async def _whole(self, answers: Answers, scope: Scope, send: Send) -> None:
+        pieces = [piece async for piece in answers.pieces() if piece is not None]
+        # In a thread: the logprobs of long answers are megabytes of JSON.
+        response = await anyio.to_thread.run_sync(
+            lambda: JsonResponse(self._job.writer.answer(pieces, self._usage(pieces)))
+        )
+        await response(scope, _no_receive, send)
+
+    async def _stream(self, answers: Answers, send: Send) -> None:
+        headers = Response(headers=_STREAM_HEADERS, media_type="text/event-stream").raw_headers
+        headers = [(name, value) for name, value in headers if name != b"content-length"]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async for data in self._events(answers):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self, answers: Answers) -> AsyncIterator[bytes]:
+        """The stream's bytes: a chunk an event; after an error there is no [DONE]."""
+        tokens = 0
+        try:
+            async for piece in answers.pieces(self._ping_interval):
+                if piece is None:
+                    yield b": ping\n\n"
+                    continue
+                tokens += piece.token is not None
+                if data := b"".join(map(_event, self._job.writer.chunks(piece))):
+                    yield data
+        except EngineError as error:
+            yield _event(error_answer(error)[1])
+            return
+        if self._job.include_usage:
+            yield _event(self._job.writer.usage_chunk(usage(self._job.prompt_tokens, tokens)))
+        yield b"data: [DONE]\n\n"
+
+    def _usage(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        return usage(self._job.prompt_tokens, sum(piece.token is not None for piece in pieces))
+
+
+def _event(data: Mapping[str, Any]) -> bytes:
+    return b"data: " + to_json(data) + b"\n\n"
+
+
+async def _no_receive() -> Any:
+    raise RuntimeError("a plain answer reads nothing")
+
+
+async def _until_gone(receive: Receive, work: Awaitable[None]) -> None:
+    """Do the work, unless the client leaves before it is done.
+
+    Raises:
+        ClientDisconnect: it left, and the work was cancelled.
+    """
+    job, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not job.done():
+            raise ClientDisconnect
+        job.result()
+    finally:
+        for task in (job, gone):
+            task.cancel()
+        await asyncio.gather(job, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,257 @@
+"""``nanoserve run | generate | inspect``: the composition root, which reads like the flow."""
+
+import argparse
+import io
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, get_args
+
+from nanoserve import __version__
+from nanoserve.config import (
+    DeviceChoice,
+    DtypeChoice,
+    EngineConfig,
+    KvDtypeChoice,
+    ServerConfig,
+    parse_ops,
+    read_toml,
+)
+from nanoserve.config import build as build_config
+from nanoserve.errors import ConfigError, NanoserveError
+
+if TYPE_CHECKING:
+    from nanoserve.startup import Prepared
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: without the program's name; None takes the process's own.
+
+    Returns:
+        Exit code: 0, 1 after a `NanoserveError` or a failed write (told on one line), 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model writes what a terminal may not be able to show
+    try:
+        code = options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader left, as `| head` does. Python would fail once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (NanoserveError, OSError) as error:
+        print(f"nanoserve: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Checkpoint → tokeniser → socket → memory plan → weights (in the worker) → HTTP."""
+    from nanoserve import server
+    from nanoserve.checkpoint import open_checkpoint
+    from nanoserve.progress import LoadBar
+    from nanoserve.request import sampling_defaults
+    from nanoserve.startup import load_engine, prepare
+    from nanoserve.tokenizer import Tokenizer
+    from nanoserve.worker import Worker
+
+    engine_options, server_options = _sections(options)
+    with ExitStack() as stack:
+        stack.enter_context(_cleaning_up_on_sigterm())
+        path = options.model or _random_checkpoint(stack)
+        checkpoint = open_checkpoint(path)
+        tokenizer = Tokenizer.load(checkpoint.directory)
+        socket = stack.enter_context(server.bind(server_options))
+        prepared = prepare(checkpoint, engine_options)
+        _announce(prepared, tokenizer is not None)
+        bar = LoadBar("weights")
+        worker = Worker(lambda: load_engine(prepared, bar), max_queue=server_options.max_queue)
+        service = server.Service(
+            worker=worker,
+            tokenizer=tokenizer,
+            model_name=server_options.served_model_name or checkpoint.name,
+            max_context=prepared.memory.max_context,
+            vocab_size=prepared.config.vocab_size,
+            sampling_defaults=sampling_defaults(checkpoint.generation_config),
+        )
+        return server.serve(server_options, service, socket)
+
+
+@contextmanager
+def _cleaning_up_on_sigterm() -> Generator[None]:
+    """Until the server has its own handlers, SIGTERM unwinds the stack instead of leaving files behind."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _random_checkpoint(stack: ExitStack) -> Path:
+    from nanoserve.random_checkpoint import write_random_checkpoint
+
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nanoserve-"))) / "random-nemotron-h"
+    _say(
+        "no MODEL given: serving a small Nemotron-H with RANDOM weights in the released Lightning format.\n"
+        "It answers with noise; it shows that the engine and your client work."
+    )
+    return write_random_checkpoint(directory)
+
+
+def _announce(prepared: "Prepared", has_tokenizer: bool) -> None:
+    """What will run and what it will take, before a weight is read."""
+    from nanoserve.kernels.table import describe
+
+    _say(f"{prepared.checkpoint.directory}: {prepared.device.type}, activations {prepared.shape.conv_dtype}")
+    for purpose, amount in prepared.memory.rows():
+        _say(f"  {purpose:<16} {amount}")
+    for line in describe(prepared.ops.report):
+        _say(f"  ops              {line}")
+    if prepared.manifest.skipped_mtp:
+        count, skipped = prepared.manifest.skipped_mtp, prepared.manifest.skipped_mtp_bytes
+        _say(f"  not read         {count} tensors of the MTP block, {skipped / 1e9:.3g} GB (no speculation yet)")
+    if not has_tokenizer:
+        _say("  no tokenizer.json: only prompts of token ids can be served, at /v1/completions")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from nanoserve.checkpoint import open_checkpoint
+    from nanoserve.local import LocalEngine, Prompt
+    from nanoserve.progress import LoadBar
+    from nanoserve.startup import prepare
+    from nanoserve.tokenizer import Tokenizer
+
+    engine_options, _ = _sections(options)
+    prompt: Prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
+    sampling = {name: getattr(options, name) for name in ("max_tokens", "temperature", "seed")}
+    with ExitStack() as stack:
+        path = options.model or _random_checkpoint(stack)
+        checkpoint = open_checkpoint(path)
+        tokenizer = Tokenizer.load(checkpoint.directory)
+        prepared = prepare(checkpoint, engine_options)
+        _announce(prepared, tokenizer is not None)
+        engine = stack.enter_context(LocalEngine(prepared, tokenizer, LoadBar("weights")))
+        if options.json:
+            answer = engine.generate(prompt, **sampling)
+            usage = {
+                "prompt_tokens": answer.usage.prompt_tokens,
+                "completion_tokens": answer.usage.completion_tokens,
+            }
+            fields = {"text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason}
+            print(json.dumps({**fields, "usage": usage}, ensure_ascii=False))
+            return 0
+        for delta in engine.stream(prompt, **sampling):
+            print(delta.text, end="", flush=True)
+        print()
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from nanoserve.checkpoint import open_checkpoint
+    from nanoserve.inspection import inspect_checkpoint
+
+    engine_options, _ = _sections(options)
+    report = inspect_checkpoint(open_checkpoint(options.model, weights=False), engine_options)
+    print(json.dumps(report.data(), indent=1) if options.json else report.text())
+    return 0
+
+
+def _sections(options: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
+    """Both config sections out of command line, environment and TOML."""
+    toml = read_toml(options.config) if options.config else {}
+    given = vars(options)
+
+    def of(section: type[EngineConfig] | type[ServerConfig]) -> dict[str, object]:
+        return {name: given[name] for name in section.__dataclass_fields__ if name in given}
+
+    engine = of(EngineConfig) | {"ops": parse_ops(options.op) if options.op else None}
+    server = of(ServerConfig)
+    if given.get("api_key_file"):
+        server["api_key"] = _read_key(options.api_key_file)
+    return (
+        build_config(EngineConfig, engine, toml=toml.get("engine")),
+        build_config(ServerConfig, server, toml=toml.get("server")),
+    )
+
+
+def _read_key(path: Path) -> str:
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"api-key-file {path}: {error}") from error
+    if not key:
+        raise ConfigError(f"api-key-file {path} is empty and must hold the key")
+    return key
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nanoserve", description="One Nemotron-H model, one GPU, one stream of tokens."
+    )
+    parser.add_argument("--version", action="version", version=f"nanoserve {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="run | generate | inspect")
+
+    run = commands.add_parser("run", help="serve a checkpoint over HTTP")
+    _model(run, "?", "checkpoint directory; without it, a small random model is written and served")
+    _engine_options(run)
+    run.add_argument("--host", help="address to bind (default 127.0.0.1)")
+    run.add_argument("--port", type=int, help="port to bind (default 8000; 0 takes a free one)")
+    run.add_argument("--served-model-name", help="the model's name on the wire (default: the directory's)")
+    run.add_argument("--api-key-file", type=Path, help="file with the API key (or NANOSERVE_API_KEY)")
+    run.add_argument("--max-queue", type=int, help="requests that may wait (default 64)")
+    run.add_argument(
+        "--allowed-host", action="append", dest="allowed_hosts", help="Host header to answer besides local ones"
+    )
+    run.add_argument("--cors-origin", action="append", dest="cors_origins", help="browser origin that may call")
+    run.set_defaults(command=_run)
+
+    generate = commands.add_parser("generate", help="continue one prompt and exit")
+    _model(generate, "?", "checkpoint directory; without it, a small random model")
+    _engine_options(generate)
+    generate.add_argument("--prompt", required=True, help="text to continue")
+    generate.add_argument("--chat", action="store_true", help="send the prompt as a user's message")
+    generate.add_argument("--max-tokens", type=int, help="tokens to generate at most")
+    generate.add_argument("--temperature", type=float, help="0 is greedy")
+    generate.add_argument("--seed", type=int, help="same seed, same text")
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    generate.set_defaults(command=_generate)
+
+    inspect = commands.add_parser("inspect", help="layers, precision, memory plan; loads nothing")
+    _model(inspect, None, "checkpoint directory, or one with only its JSON files")
+    _engine_options(inspect)
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(command=_inspect)
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser, count: str | None, text: str) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs=count, help=text)
+
+
+def _engine_options(parser: argparse.ArgumentParser) -> None:
+    choices: Mapping[str, Any] = {"device": DeviceChoice, "dtype": DtypeChoice, "kv-dtype": KvDtypeChoice}
+    for name, kind in choices.items():
+        parser.add_argument(f"--{name}", choices=get_args(kind), help="default auto")
+    parser.add_argument("--max-context", type=int, help="tokens of prompt and answer (default: what fits)")
+    parser.add_argument("--op", action="append", metavar="NAME=BACKEND", help="choose an op's backend; repeatable")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with [engine] and [server]")

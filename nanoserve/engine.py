@@ -1,0 +1,147 @@
+"""The heart: a request in, its tokens out, one sequence at a time.
+
+The engine sees token ids only. It is not thread-safe but for `check`: one thread owns it (`worker.py`).
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanoserve.cache import Cache, Sequence
+from nanoserve.errors import ContextLengthError, RequestError
+from nanoserve.kernels.sample import SamplerState
+from nanoserve.models.nemotron_h import NemotronH
+from nanoserve.request import Event, Finish, PromptScores, Request, SamplingParams, Token, TokenScore
+from nanoserve.sampler import SCORE_ROWS, begin_sampling, token_scores
+from nanoserve.step import DecodeBuffers, begin_decode, decode, prefill
+
+Cancelled = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A loaded model with its cache.
+
+    Attributes:
+        model: weights and ops.
+        cache: state of the running sequence.
+        buffers: of the decode step.
+        sampler: of the running request.
+        device: where all of it lives.
+        end_ids: the model's own end tokens.
+        prefill_chunk: tokens a prefill step takes at most.
+    """
+
+    model: NemotronH
+    cache: Cache
+    buffers: DecodeBuffers
+    sampler: SamplerState
+    device: torch.device
+    end_ids: frozenset[int]
+    prefill_chunk: int
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.cache.shape.max_context
+
+    def check(self, request: Request) -> None:
+        """Refuse what cannot be run, before it is queued; safe on any thread.
+
+        Raises:
+            RequestError: an empty prompt, or an id outside the vocabulary.
+            ContextLengthError: the prompt leaves no room for an answer.
+        """
+        length, vocab = len(request.prompt), self.model.config.vocab_size
+        if not all(type(token) is int for token in request.prompt):
+            raise RequestError("prompt has an entry that is not a whole number: send token ids", param="prompt")
+        if not length:
+            raise RequestError("prompt is empty and must have at least one token", param="prompt")
+        if length + (request.sampling.max_tokens != 0) > self.max_context:
+            raise ContextLengthError(length, self.max_context)
+        fields = {
+            "prompt": request.prompt,
+            "logit_bias": request.sampling.logit_bias,
+            "stop_token_ids": request.sampling.stop_token_ids,
+        }
+        for name, ids in fields.items():
+            if ids and (min(ids) < 0 or max(ids) >= vocab):
+                wrong = min(ids) if min(ids) < 0 else max(ids)
+                raise RequestError(f"{name} has token id {wrong} and the vocabulary is [0, {vocab})", param=name)
+
+    def generate(self, request: Request, cancelled: Cancelled = lambda: False) -> Generator[Event]:
+        """Run a request: prompt scores if asked for, then tokens, then one `Finish`.
+
+        Args:
+            request: what to run.
+            cancelled: polled once a prefill chunk and once a token.
+
+        Raises:
+            RequestError: see `check`.
+        """
+        self.check(request)
+        params = request.sampling
+        room = self.max_context - len(request.prompt)
+        budget = room if params.max_tokens is None else min(params.max_tokens, room)
+        prompt = torch.tensor(request.prompt, dtype=torch.int64, device=self.device)
+        with self.cache.sequence(len(request.prompt) + max(budget - 1, 0)) as sequence:
+            hidden = None
+            scores: list[TokenScore | None] = [None]
+            for chunk in prompt.split(self.prefill_chunk):
+                if cancelled():
+                    yield Finish("cancelled")
+                    return
+                start = sequence.length
+                hidden = prefill(self.model, self.cache, sequence, chunk)
+                if params.prompt_logprobs is not None:
+                    following = prompt[start + 1 : start + 1 + len(chunk)]
+                    scores += self._score(hidden, following, params.prompt_logprobs)
+            if params.prompt_logprobs is not None:
+                yield PromptScores(tuple(scores))
+            if budget and hidden is not None:
+                yield from self._answer(params, prompt, budget, sequence, hidden[-1:], cancelled)
+            else:
+                yield Finish("length")
+
+    def _answer(
+        self,
+        params: SamplingParams,
+        prompt: Tensor,
+        budget: int,
+        sequence: Sequence,
+        hidden: Tensor,
+        cancelled: Cancelled,
+    ) -> Generator[Event]:
+        """Decode until an end token, the budget, or cancellation."""
+        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else self.end_ids)
+        begin_sampling(self.sampler, params, prompt, ends)
+        begin_decode(self.model, sequence, hidden, self.buffers, self.sampler)
+        for count in range(1, budget + 1):
+            token = int(self.buffers.ids)
+            yield Token(token, self._token_score(token, params.logprobs))
+            if token in ends:
+                yield Finish("stop")
+                return
+            if count == budget:
+                break
+            if cancelled():
+                yield Finish("cancelled")
+                return
+            decode(self.model, self.cache, sequence, self.buffers, self.sampler)
+        yield Finish("length")
+
+    def _token_score(self, token: int, alternatives: int | None) -> TokenScore | None:
+        if alternatives is None:
+            return None
+        ids = torch.tensor([token], device=self.device)
+        return token_scores(self.buffers.logits.unsqueeze(0), ids, alternatives)[0]
+
+    def _score(self, hidden: Tensor, following: Tensor, alternatives: int) -> list[TokenScore]:
+        """Scores of the tokens that follow each hidden state; the last state may have none."""
+        scores: list[TokenScore] = []
+        for rows, ids in zip(hidden[: len(following)].split(SCORE_ROWS), following.split(SCORE_ROWS), strict=True):
+            if len(ids):
+                scores += token_scores(self.model.logits(rows), ids, alternatives)
+        return scores

@@ -1,0 +1,235 @@
+"""JSON in, checked fields out, and error objects: what every endpoint shares. Pure functions.
+
+A field is implemented, harmless, or refused with its name: nothing that changes the answer is ignored.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn, cast
+
+from nanoserve.errors import EngineError, NanoserveError, RequestError
+
+_HARMLESS = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier"),
+        *("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"),
+    }
+)
+"""Bookkeeping that SDKs send and that changes no answer."""
+
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    # Fields that are not implemented, and the values with which they ask for nothing.
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "reasoning_effort": (),
+    "reasoning": (),
+    "thinking_token_budget": (),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "web_search_options": (),
+    "verbosity": ("medium",),
+    "suffix": ("",),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "chat_template": (),
+    "continue_final_message": (False,),
+}
+
+
+def brief(value: object, limit: int = 80) -> str:
+    """A value for a message: printable, whatever the client sent, and at most ``limit`` characters."""
+    if isinstance(value, dict | list):
+        text = "an object" if isinstance(value, dict) else "an array"
+    elif isinstance(value, int) and abs(value) >= 10**40:
+        text = "a huge number"  # Python refuses to write out the hugest
+    else:
+        text = repr(value[:limit] if isinstance(value, str) else cast("object", value))
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def refuse(name: str, value: object, must_be: str) -> NoReturn:
+    """Raise the RequestError that names field, value and remedy."""
+    raise RequestError(f"{name} is {brief(value)} and must be {must_be}", param=name)
+
+
+def decode_json(body: bytes) -> dict[str, Any]:
+    """A request body's JSON object; NaN, Infinity and numbers that overflow are refused.
+
+    Raises:
+        RequestError: the body is not a JSON object in UTF-8.
+    """
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError as error:
+        raise RequestError("the body is nested too deeply", code="invalid_json") from error
+    except ValueError as error:
+        reason = brief(str(error), 120)
+        raise RequestError(f"the body is not valid JSON: {reason}", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"the body is {brief(value)} and must be a JSON object", code="invalid_json")
+    return cast("dict[str, Any]", value)
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+def error_object(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object, all four keys; printable and short whatever stands in the message."""
+    clean = message.encode("utf-8", "backslashreplace").decode("utf-8")[:1000]
+    named = None if param is None else param.encode("utf-8", "backslashreplace").decode("utf-8")[:200]
+    return {"error": {"message": clean, "type": kind, "param": named, "code": code}}
+
+
+def error_answer(error: NanoserveError) -> tuple[int, dict[str, Any]]:
+    """HTTP status and error object of one of our errors."""
+    if isinstance(error, RequestError):
+        kind = "invalid_request_error" if error.status < 500 else "server_error"
+        return error.status, error_object(str(error), kind=kind, param=error.param, code=error.code)
+    if isinstance(error, EngineError):
+        return 503, error_object(str(error), kind="server_error", code="engine_unavailable")
+    return 500, error_object("the server failed: see its log", kind="server_error", code="internal_error")
+
+
+class Fields:
+    """Takes typed fields out of a JSON object; null counts as absent, and what nobody takes is refused."""
+
+    def __init__(self, body: Mapping[str, Any], where: str = "") -> None:
+        self._left = {name: value for name, value in body.items() if value is not None}
+        self._where = where
+
+    def path(self, name: str) -> str:
+        """The field's full name, for messages."""
+        return f"{self._where}.{name}" if self._where else name
+
+    def take(self, name: str) -> Any:
+        """The field as it came; None when absent."""
+        return self._left.pop(name, None)
+
+    def boolean(self, name: str, default: bool = False) -> bool:
+        """A boolean.
+
+        Raises:
+            RequestError: as every method here, when the field is of another type or out of range.
+        """
+        value = self.take(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            refuse(self.path(name), value, "true or false")
+        return value
+
+    def integer(self, name: str, low: int, high: int) -> int | None:
+        """A whole number in [low, high]."""
+        value = self.take(name)
+        if value is not None and not is_int(value, low, high):
+            refuse(self.path(name), value, f"a whole number in [{low}, {high}]")
+        return value
+
+    def number(self, name: str) -> float | None:
+        """A number; its range is `SamplingParams`' affair."""
+        value = self.take(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e9:
+            refuse(self.path(name), value, "a number")
+        return float(value)
+
+    def string(self, name: str) -> str | None:
+        """A string of valid Unicode."""
+        value = self.take(name)
+        return None if value is None else checked_text(value, self.path(name))
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """An object; empty when absent."""
+        value = self.take(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            refuse(self.path(name), value, "an object")
+        return cast("Mapping[str, Any]", value)
+
+    def array(self, name: str, most: int) -> list[Any]:
+        """An array of at most ``most`` entries; empty when absent."""
+        value = self.take(name)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            refuse(self.path(name), value, "an array")
+        entries = cast("list[Any]", value)
+        if len(entries) > most:
+            name = self.path(name)
+            raise RequestError(f"{name} has {len(entries)} entries and may have at most {most}", param=name)
+        return entries
+
+    def done(self) -> None:
+        """Refuse what is left.
+
+        Raises:
+            RequestError: a field is unknown, or is not implemented and asks for something.
+        """
+        for name, value in self._left.items():
+            path = self.path(brief(name)[1:-1])
+            if not self._where and name in _HARMLESS:
+                continue
+            if not self._where and name in _NEUTRAL:
+                if not any(type(value) is type(fine) and value == fine for fine in _NEUTRAL[name]):
+                    message = f"{path} is not supported by this server: leave it out"
+                    raise RequestError(message, param=path, code="unsupported_parameter")
+                continue
+            raise RequestError(
+                f"{path} is not a field of this endpoint: leave it out", param=path, code="unknown_parameter"
+            )
+
+
+def is_int(value: object, low: int, high: int) -> bool:
+    """Whether it is a whole number in [low, high]; in Python, booleans are integers too."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def checked_text(value: object, where: str) -> str:
+    """The value if it is a string of valid Unicode.
+
+    Raises:
+        RequestError: it is not; lone surrogates pass JSON and break everything behind it.
+    """
+    if not isinstance(value, str):
+        refuse(where, value, "a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{where} holds a lone surrogate: send valid Unicode", param=where) from error
+    return value
+
+
+def token_ids(value: object, where: str, vocab_size: int) -> tuple[int, ...]:
+    """The value if it is an array of token ids.
+
+    Raises:
+        RequestError: it is not, or an id is outside the vocabulary.
+    """
+    if not isinstance(value, list):
+        refuse(where, value, "an array of token ids")
+    ids = cast("list[object]", value)
+    for token in ids:
+        if not is_int(token, 0, vocab_size - 1):
+            refuse(where, token, f"an array of token ids in [0, {vocab_size - 1}]")
+    return tuple(cast("list[int]", ids))

@@ -1,0 +1,264 @@
+"""The HTTP endpoints: each reads a body, has it checked off the event loop, and answers."""
+
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from nanoserve import __version__
+from nanoserve.answers import Generation, Job
+from nanoserve.chat import ChatWriter, parse_chat, parse_conversation
+from nanoserve.choice import AnswerFailed
+from nanoserve.completions import CompletionWriter, encode_prompt, parse_completion
+from nanoserve.config import ServerConfig
+from nanoserve.errors import (
+    ContextLengthError,
+    NanoserveError,
+    QueueFull,
+    RequestError,
+)
+from nanoserve.http_guard import (
+    Guard,
+    JsonResponse,
+    LingeringResponse,
+    check_origins,
+    read_body,
+    request_id_of,
+)
+from nanoserve.metrics import Metrics
+from nanoserve.parameters import Limits, choice_requests, parse_model
+from nanoserve.protocol import Fields, checked_text, decode_json, error_answer, error_object, token_ids
+from nanoserve.tokenizer import Tokenizer
+from nanoserve.worker import Worker
+
+PREPARATIONS = 2
+"""Bodies parsed and tokenised at once; each may hold Python's lock for a while, and /health must answer."""
+
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_Result = TypeVar("_Result")
+_Handler = Callable[[HttpRequest], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served.
+
+    Attributes:
+        worker: owns the engine; may still be loading.
+        tokenizer: None serves prompts of token ids only.
+        model_name: the model's name on the wire.
+        max_context: tokens of prompt and answer together.
+        vocab_size: token ids are below it.
+        sampling_defaults: fields of `SamplingParams` that hold when a request leaves them out.
+    """
+
+    worker: Worker
+    tokenizer: Tokenizer | None
+    model_name: str
+    max_context: int
+    vocab_size: int
+    sampling_defaults: Mapping[str, Any]
+
+
+def create_app(config: ServerConfig, service: Service, address: str | None = None) -> Starlette:
+    """The ASGI application.
+
+    Args:
+        config: limits, hosts and key.
+        service: what is served.
+        address: what the socket is bound to; None takes ``config.host``.
+
+    Raises:
+        ConfigError: the CORS origins hold a wildcard.
+    """
+    check_origins(config)
+    metrics = Metrics()
+    routes = Routes(config, service, metrics)
+    app = Starlette(
+        routes=routes.table(),
+        middleware=[Middleware(Guard, config=config, metrics=metrics, address=address or config.host)],
+        exception_handlers={NanoserveError: routes.on_error, HTTPException: on_http_error},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+async def on_http_error(request: HttpRequest, error: Exception) -> Response:
+    """Unknown paths and wrong methods."""
+    assert isinstance(error, HTTPException)
+    path = request.scope["path"]
+    words = {404: f"{path} does not exist", 405: f"{request.method} is not a method of {path}"}
+    message, code = words.get(error.status_code, error.detail), f"http_{error.status_code}"
+    body = error_object(message, kind="invalid_request_error", code=code)
+    return JsonResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+class Routes:
+    """The endpoints over one service."""
+
+    def __init__(self, config: ServerConfig, service: Service, metrics: Metrics) -> None:
+        self._config, self._service, self._metrics = config, service, metrics
+        self._created = int(time.time())
+        self._preparations = anyio.CapacityLimiter(PREPARATIONS)
+        self._limits = Limits(
+            service.model_name, service.vocab_size, service.sampling_defaults, service.tokenizer is not None
+        )
+
+    def table(self) -> list[Route]:
+        """Path, handler and method of every endpoint."""
+        get: dict[str, _Handler] = {
+            "/health": self.health,
+            "/metrics": self.metrics,
+            "/version": self.version,
+            "/v1/models": self.models,
+            "/v1/models/{model:path}": self.model,
+        }
+        post: dict[str, _Handler] = {
+            "/v1/chat/completions": self.chat,
+            "/v1/completions": self.completions,
+            "/tokenize": self.tokenize,
+            "/detokenize": self.detokenize,
+        }
+        return [
+            *(Route(path, handler, methods=["GET"]) for path, handler in get.items()),
+            *(Route(path, handler, methods=["POST"]) for path, handler in post.items()),
+        ]
+
+    async def on_error(self, request: HttpRequest, error: Exception) -> Response:
+        """Any of our errors as OpenAI's error object."""
+        assert isinstance(error, NanoserveError)
+        status, body = error_answer(error)
+        if isinstance(error, AnswerFailed):
+            status = 500
+        if status in (408, 413):
+            return LingeringResponse(body, status, request)
+        response = JsonResponse(body, status_code=status)
+        if status == 503:
+            wait = error.retry_after if isinstance(error, QueueFull) else self._service.worker.retry_after()
+            response.headers["retry-after"] = str(wait)
+        return response
+
+    async def health(self, request: HttpRequest) -> Response:
+        """200 when requests are taken, otherwise 503 with the worker's state."""
+        state = self._service.worker.state
+        if state == "ready":
+            return JsonResponse({"status": "ok"})
+        return JsonResponse({"status": state}, status_code=503)
+
+    async def metrics(self, request: HttpRequest) -> Response:
+        """Prometheus' page."""
+        worker = self._service.worker
+        text = self._metrics.text(running=worker.running, waiting=worker.waiting)
+        return Response(text, headers={"content-type": _METRICS_TYPE})
+
+    async def version(self, request: HttpRequest) -> Response:
+        """The engine's version."""
+        return JsonResponse({"version": __version__})
+
+    async def models(self, request: HttpRequest) -> Response:
+        """The one model, in a list."""
+        return JsonResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: HttpRequest) -> Response:
+        """The one model."""
+        parse_model(Fields({"model": request.path_params["model"]}), self._service.model_name)
+        return JsonResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self._service.model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "nanoserve",
+            "max_model_len": self._service.max_context,
+        }
+
+    async def chat(self, request: HttpRequest) -> Response:
+        """POST /v1/chat/completions."""
+        return await self._generate(request, self._prepare_chat)
+
+    async def completions(self, request: HttpRequest) -> Response:
+        """POST /v1/completions."""
+        return await self._generate(request, self._prepare_completion)
+
+    async def tokenize(self, request: HttpRequest) -> Response:
+        """Token ids of a prompt or of a chat."""
+        return JsonResponse(await self._prepare(request, self._tokenize))
+
+    async def detokenize(self, request: HttpRequest) -> Response:
+        """Text of token ids."""
+        return JsonResponse(await self._prepare(request, self._detokenize))
+
+    async def _prepare(self, request: HttpRequest, work: Callable[[dict[str, Any], str], _Result]) -> _Result:
+        """Read the body, then parse it and do the work in a thread."""
+        body = await read_body(request, self._config)
+        request_id = request_id_of(request.scope)
+        return await anyio.to_thread.run_sync(
+            lambda: work(decode_json(body), request_id), limiter=self._preparations
+        )
+
+    async def _generate(self, request: HttpRequest, prepare: Callable[[dict[str, Any], str], Job]) -> Response:
+        self._service.worker.admit()  # before any work is spent on it
+        job = await self._prepare(request, prepare)
+        service = self._service
+        return Generation(job, service.worker, service.tokenizer, self._config.ping_interval)
+
+    def _prepare_chat(self, body: dict[str, Any], request_id: str) -> Job:
+        call = parse_chat(body, self._limits)
+        tokenizer = self._tokenizer("messages")
+        prompt = call.conversation.encode(tokenizer)
+        if len(prompt) >= self._service.max_context:
+            raise ContextLengthError(len(prompt), self._service.max_context, param="messages")
+        requests = choice_requests([prompt], call.sampling, call.delivery.choices, request_id)
+        writer = ChatWriter(self._head("chatcmpl"), tokenizer, call)
+        return Job(requests, writer, len(prompt), call.delivery.stream, call.delivery.include_usage)
+
+    def _prepare_completion(self, body: dict[str, Any], request_id: str) -> Job:
+        call = parse_completion(body, self._limits)
+        tokenizer = self._service.tokenizer
+        prompts = [encode_prompt(prompt, tokenizer) for prompt in call.prompts]
+        requests = choice_requests(prompts, call.sampling, call.delivery.choices, request_id)
+        writer = CompletionWriter(self._head("cmpl"), tokenizer, call, prompts)
+        tokens = sum(map(len, prompts))
+        return Job(requests, writer, tokens, call.delivery.stream, call.delivery.include_usage)
+
+    def _head(self, prefix: str) -> dict[str, Any]:
+        """What is the same in every chunk of an answer."""
+        name = f"{prefix}-{uuid.uuid4().hex}"
+        return {"id": name, "created": int(time.time()), "model": self._service.model_name}
+
+    def _tokenizer(self, param: str) -> Tokenizer:
+        if self._service.tokenizer is None:
+            message = "this checkpoint has no tokenizer: send prompts of token ids to /v1/completions"
+            raise RequestError(message, param=param)
+        return self._service.tokenizer
+
+    def _tokenize(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
+        fields = Fields(body)
+        parse_model(fields, self._service.model_name)
+        if (text := fields.take("prompt")) is not None:
+            special = fields.boolean("add_special_tokens", default=True)
+            fields.done()
+            checked = checked_text(text, "prompt")
+            ids = self._tokenizer("prompt").encode(checked, add_special_tokens=special)
+        else:
+            conversation = parse_conversation(fields)
+            fields.done()
+            ids = list(conversation.encode(self._tokenizer("messages")))
+        return {"count": len(ids), "max_model_len": self._service.max_context, "tokens": ids}
+
+    def _detokenize(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
+        fields = Fields(body)
+        parse_model(fields, self._service.model_name)
+        ids = token_ids(fields.take("tokens"), "tokens", self._service.vocab_size)
+        fields.done()
+        return {"prompt": self._tokenizer("tokens").decode(ids, skip_special=False)}

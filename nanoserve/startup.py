@@ -1,0 +1,144 @@
+"""From options and a checkpoint to a running engine, in the order a user sees it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from nanoserve.cache import Cache, CacheShape
+from nanoserve.checkpoint import Checkpoint
+from nanoserve.config import EngineConfig
+from nanoserve.engine import Engine
+from nanoserve.errors import ConfigError
+from nanoserve.kernels.sample import SamplerState
+from nanoserve.kernels.table import Ops, select
+from nanoserve.models.config import NemotronHConfig
+from nanoserve.models.nemotron_h import NemotronH
+from nanoserve.plan import MemoryPlan, plan_memory
+from nanoserve.step import DecodeBuffers
+from nanoserve.weights import Manifest, Progress, load, resolve
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What headers, JSON files and the device tell; ``shape.max_context`` is 0 until a memory plan sets it."""
+
+    checkpoint: Checkpoint
+    options: EngineConfig
+    config: NemotronHConfig
+    manifest: Manifest
+    device: torch.device
+    ops: Ops
+    shape: CacheShape
+
+    def plan(self) -> MemoryPlan:
+        """Fit it into what the device has free now.
+
+        Raises:
+            MemoryPlanError: it does not fit.
+        """
+        return plan_memory(
+            self.config,
+            self.manifest,
+            self.shape,
+            wanted_context=self.options.max_context,
+            prefill_chunk=self.options.prefill_chunk,
+            available=free_memory(self.device),
+            fraction=self.options.memory_fraction,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(Examined):
+    """All that is known before the first weight is read."""
+
+    memory: MemoryPlan
+
+
+def examine(checkpoint: Checkpoint, options: EngineConfig) -> Examined:
+    """Check the checkpoint and the options.
+
+    Raises:
+        CheckpointError, UnsupportedModel: the checkpoint.
+        BackendError, ConfigError: the options.
+    """
+    config = NemotronHConfig.from_json(checkpoint.config)
+    manifest = resolve(checkpoint, config)
+    device = pick_device(options)
+    ops = select(device, options.ops)
+    dtype, kv_dtype = pick_dtypes(options, device.type, checkpoint.quantization.kv_cache_fp8)
+    shape = CacheShape(0, options.page_size, kv_dtype, dtype)
+    return Examined(checkpoint, options, config, manifest, device, ops, shape)
+
+
+def prepare(checkpoint: Checkpoint, options: EngineConfig) -> Prepared:
+    """Check everything, and fit it into the device's memory.
+
+    Raises:
+        CheckpointError, UnsupportedModel, BackendError, ConfigError: as `examine`.
+        MemoryPlanError: it does not fit.
+    """
+    e = examine(checkpoint, options)
+    memory = e.plan()
+    shape = replace(e.shape, max_context=memory.max_context)
+    return Prepared(e.checkpoint, e.options, e.config, e.manifest, e.device, e.ops, shape, memory)
+
+
+def load_engine(prepared: Prepared, progress: Progress) -> Engine:
+    """Read the weights and allocate the cache.
+
+    Raises:
+        CheckpointError: what only the data shows.
+    """
+    p = prepared
+    fields = load(p.checkpoint, p.manifest, p.device, progress)
+    scales = tuple((fields[i, "k_scale"], fields[i, "v_scale"]) for i in p.config.layers("*"))
+    return Engine(
+        model=NemotronH.build(p.config, p.ops, p.shape.conv_dtype, fields),
+        cache=Cache.allocate(p.config, p.shape, p.device, scales),
+        buffers=DecodeBuffers.allocate(p.config.vocab_size, p.device),
+        sampler=SamplerState.allocate(p.config.vocab_size, p.device),
+        device=p.device,
+        # An id beyond the vocabulary can never come, so it can never end anything.
+        end_ids=frozenset(i for i in p.checkpoint.eos_token_ids if i < p.config.vocab_size),
+        prefill_chunk=p.options.prefill_chunk,
+    )
+
+
+def pick_device(options: EngineConfig) -> torch.device:
+    """The device of the options; "auto" is the GPU when there is one."""
+    have_gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not have_gpu:
+        raise ConfigError("device is 'cuda' and torch finds no GPU here: use 'cpu' or 'auto'")
+    return torch.device("cuda" if have_gpu and options.device != "cpu" else "cpu")
+
+
+def pick_dtypes(options: EngineConfig, device_type: str, kv_declared_fp8: bool) -> tuple[torch.dtype, torch.dtype]:
+    """(activations, KV cache). On the CPU nothing is rounded unless asked for."""
+    on_cpu = device_type == "cpu"
+    dtype = _DTYPES[options.dtype] if options.dtype != "auto" else _DTYPES["float32" if on_cpu else "bfloat16"]
+    if options.kv_dtype != "auto":
+        return dtype, _DTYPES[options.kv_dtype]
+    return dtype, _DTYPES["fp8"] if kv_declared_fp8 and not on_cpu else dtype
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on the device; on the CPU the least of what the machine and the control group leave."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    free = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:"))
+    limit, used, cached = _control_group(Path("/sys/fs/cgroup"))
+    return free if limit is None else min(free, max(limit - used + cached, 0))
+
+
+def _control_group(group: Path) -> tuple[int | None, int, int]:
+    """(limit or None, bytes used, bytes of those that are file cache) of this container's memory group."""
+    try:
+        limit, used = ((group / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+    except OSError:
+        return None, 0, 0  # not in a group of its own
+    return (int(limit) if limit.strip().isdigit() else None), int(used), int(stat.get("file", 0))

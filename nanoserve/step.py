@@ -1,0 +1,76 @@
+"""The two phases of a sequence: prefill, a chunk at a time, and decode, a step at a time."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanoserve.cache import Cache, Sequence
+from nanoserve.kernels.sample import SamplerState
+from nanoserve.models.layers import Span, span_of
+from nanoserve.models.nemotron_h import NemotronH
+
+
+@torch.inference_mode()
+def prefill(model: NemotronH, cache: Cache, sequence: Sequence, ids: Tensor) -> Tensor:
+    """Advance a sequence over one chunk of its prompt.
+
+    Args:
+        model: the model.
+        cache: where the sequence's state lives.
+        sequence: advanced by len(ids).
+        ids: int64 [T].
+
+    Returns:
+        Hidden states after the final norm [T, H].
+    """
+    hidden = model.forward(span_of(ids, sequence, cache, decode=False))
+    sequence.length += len(ids)
+    return hidden
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBuffers:
+    """What a decode step reads and writes, at addresses that never move.
+
+    Attributes:
+        ids: the token to run next, int64 [1]; after a step, the token it drew.
+        positions: its position, int64 [1].
+        logits: of the last step or of the prompt's end, float32 [V].
+    """
+
+    ids: Tensor
+    positions: Tensor
+    logits: Tensor
+
+    @classmethod
+    def allocate(cls, vocab_size: int, device: torch.device) -> "DecodeBuffers":
+        """Buffers for one sequence at a time."""
+        ids, positions = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        return cls(ids, positions, torch.zeros(vocab_size, device=device))
+
+
+@torch.inference_mode()
+def begin_decode(
+    model: NemotronH, sequence: Sequence, hidden: Tensor, buffers: DecodeBuffers, sampler: SamplerState
+) -> None:
+    """Draw the first token from the prompt's last hidden state [1, H] and set the buffers up."""
+    buffers.logits.copy_(model.logits(hidden)[0])
+    buffers.ids.copy_(model.ops.sample(buffers.logits, sampler))
+    buffers.positions.fill_(sequence.length)
+
+
+@torch.inference_mode()
+def decode(
+    model: NemotronH, cache: Cache, sequence: Sequence, buffers: DecodeBuffers, sampler: SamplerState
+) -> None:
+    """Run the token in ``buffers`` and draw the next: embedding → layers → head → sample → fed back.
+
+    All of it works between fixed addresses, so that a CUDA graph can hold it once every op has a backend that
+    does not ask the host (the torch column's attention and experts do); only ``sequence.length`` is the host's.
+    """
+    span = Span(buffers.ids, buffers.positions, sequence, cache, decode=True)
+    buffers.logits.copy_(model.logits(model.forward(span))[0])
+    buffers.ids.copy_(model.ops.sample(buffers.logits, sampler))
+    buffers.positions.add_(1)
+    sequence.length += 1

@@ -1,0 +1,318 @@
+"""From a checkpoint's tensors to the model's weights: strict both ways, one tensor at a time.
+
+`resolve` needs headers only and finds every fault that headers can show; `load` reads, straight into the
+place where a weight stays (peak memory is the weights and one tensor), and checks the scales' values.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoserve.checkpoint import Checkpoint, TensorInfo, stored_format
+from nanoserve.errors import CheckpointError
+from nanoserve.files import shown
+from nanoserve.kernels.linear import Fp8, Nvfp4, Plain
+from nanoserve.kernels.nvfp4 import GROUP
+from nanoserve.models.config import NemotronHConfig
+from nanoserve.models.manifest import Entry, Kind, entries
+from nanoserve.quantization import Format
+
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+_FLOATS = ("BF16", "F32", "F16")
+_KV_SCALES = (".k_scale", ".v_scale")
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read, bytes in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor a weight is made of: ``role`` is data, scales or scale; ``names`` has one a stacked expert."""
+
+    role: str
+    names: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Stored values of all its tensors (packed ones count once a byte)."""
+        return len(self.names) * math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return self.count * _DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A weight of the model and how the checkpoint stores it. ``parts`` is empty for an absent KV scale."""
+
+    layer: int | None
+    entry: Entry
+    format: Format
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the checkpoint."""
+        return sum(part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Every weight of a checkpoint, resolved.
+
+    Attributes:
+        items: in the WEIGHTS table's order.
+        unused: scales of quantised activations, which weight-only arithmetic does not need; they are checked.
+        skipped_mtp: tensors of the multi-token-prediction block, left unread until the engine speculates.
+        skipped_mtp_bytes: their size.
+    """
+
+    items: tuple[Item, ...]
+    unused: tuple[TensorInfo, ...]
+    skipped_mtp: int
+    skipped_mtp_bytes: int
+
+
+def resolve(checkpoint: Checkpoint, config: NemotronHConfig) -> Manifest:
+    """Match the WEIGHTS table against the checkpoint's headers, or against its JSON alone if it has no tensors.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, or of the wrong shape or dtype; or the tensors and
+            the quantisation JSON disagree.
+    """
+    if not checkpoint.tensors:
+        items = tuple(_declared(checkpoint, config, *row) for row in entries(config))
+        return Manifest(items, (), 0, 0)
+    seen: set[str] = set()
+    items = tuple(_found(checkpoint, config, seen, *row) for row in entries(config))
+    mtp = [info for name, info in checkpoint.tensors.items() if name.startswith("mtp.")]
+    for name, info in checkpoint.tensors.items():
+        if name not in seen and not name.startswith("mtp."):
+            raise CheckpointError(info.file, "the model has no such tensor", shown(info.name))
+    unused = tuple(info for name, info in checkpoint.tensors.items() if name in seen and _is_input_scale(name))
+    return Manifest(items, unused, len(mtp), sum(info.nbytes for info in mtp))
+
+
+def _is_input_scale(name: str) -> bool:
+    return name.endswith(".input_scale")
+
+
+def _declared(
+    checkpoint: Checkpoint, config: NemotronHConfig, layer: int | None, prefix: str, entry: Entry
+) -> Item:
+    """An item as the JSON files describe it, for `inspect` on a directory without weights."""
+    shape = entry.shape(config)
+    if entry.kind is Kind.SCALE:
+        return Item(layer, entry, Format.BF16, ())
+    if not entry.is_linear:
+        return Item(layer, entry, Format.BF16, (Part("data", (prefix + entry.name,), "BF16", shape),))
+    modules = _modules(entry, prefix, config)
+    declared = checkpoint.quantization.format_of(modules[0]) or Format.BF16
+    return Item(layer, entry, declared, _parts(declared, modules, "BF16", shape))
+
+
+def _modules(entry: Entry, prefix: str, config: NemotronHConfig) -> tuple[str, ...]:
+    if entry.kind is Kind.EXPERTS:
+        return tuple(prefix + entry.name.format(index) for index in range(config.experts))
+    return (prefix + entry.name,)
+
+
+def _parts(format_: Format, modules: tuple[str, ...], dtype: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+    """The tensors that a linear weight of this format consists of; ``dtype`` is that of an unquantised one."""
+
+    def names(suffix: str) -> tuple[str, ...]:
+        return tuple(f"{module}.{suffix}" for module in modules)
+
+    rows, width = shape
+    match format_:
+        case Format.BF16:
+            return (Part("data", names("weight"), dtype, shape),)
+        case Format.FP8:
+            return (
+                Part("data", names("weight"), "F8_E4M3", shape),
+                Part("scale", names("weight_scale"), "F32", ()),
+            )
+        case Format.NVFP4:
+            return (
+                Part("data", names("weight"), "U8", (rows, width // 2)),
+                Part("scales", names("weight_scale"), "F8_E4M3", (rows, width // GROUP)),
+                Part("scale", names("weight_scale_2"), "F32", ()),
+            )
+
+
+def _found(
+    checkpoint: Checkpoint,
+    config: NemotronHConfig,
+    seen: set[str],
+    layer: int | None,
+    prefix: str,
+    entry: Entry,
+) -> Item:
+    """An item as the headers have it; adds the tensors it accounts for to ``seen``."""
+    tensors, shape = checkpoint.tensors, entry.shape(config)
+    if entry.kind is Kind.SCALE and prefix + entry.name not in tensors:
+        return Item(layer, entry, Format.BF16, ())
+    if entry.is_linear:
+        modules = _modules(entry, prefix, config)
+        formats = {module: _format(checkpoint, module) for module in modules}
+        format_ = formats[modules[0]]
+        odd = next((module for module in modules if formats[module] is not format_), None)
+        if odd:
+            raise CheckpointError(
+                tensors[f"{odd}.weight"].file,
+                f"is {formats[odd].value} while {modules[0]} is {format_.value}; "
+                "the experts of one layer must share a format",
+                f"{odd}.weight",
+            )
+        if format_ is Format.NVFP4 and shape[1] % GROUP:
+            raise CheckpointError(
+                tensors[f"{modules[0]}.weight"].file,
+                f"is NVFP4 with {shape[1]} columns, which is not a multiple of {GROUP}",
+                f"{modules[0]}.weight",
+            )
+        parts = _parts(format_, modules, tensors[f"{modules[0]}.weight"].dtype, shape)
+        if format_ is not Format.BF16:
+            scale = Part("input_scale", (), "F32", ())
+            for name in (f"{module}.input_scale" for module in modules if f"{module}.input_scale" in tensors):
+                _check_tensor(tensors[name], scale)
+                seen.add(name)
+    else:
+        format_, name = Format.BF16, prefix + entry.name
+        dtype = _need(tensors, name).dtype
+        if dtype not in _FLOATS:
+            raise CheckpointError(tensors[name].file, f"is {dtype} and must be one of {', '.join(_FLOATS)}", name)
+        parts = (Part("data", (name,), dtype, shape),)
+    for part in parts:
+        for name in part.names:
+            _check_tensor(_need(tensors, name), part)
+            seen.add(name)
+    return Item(layer, entry, format_, parts)
+
+
+def _format(checkpoint: Checkpoint, module: str) -> Format:
+    """The module's format by its tensors, which must be what the JSON says if it says anything."""
+    info = _need(checkpoint.tensors, f"{module}.weight")
+    stored = stored_format(checkpoint.tensors, module)
+    declared = checkpoint.quantization.format_of(module)
+    if declared not in (None, stored):
+        raise CheckpointError(
+            info.file,
+            f"is stored as {stored.value} but {checkpoint.quantization.source} says {declared.value}",
+            info.name,
+        )
+    return stored
+
+
+def _need(tensors: Mapping[str, TensorInfo], name: str) -> TensorInfo:
+    if name not in tensors:
+        file = next(iter(tensors.values())).file
+        raise CheckpointError(file, "is missing from the checkpoint", name)
+    return tensors[name]
+
+
+def _check_tensor(info: TensorInfo, part: Part) -> None:
+    scalar_as_vector = part.shape == () and math.prod(info.shape) == 1
+    if info.shape != part.shape and not scalar_as_vector:
+        raise CheckpointError(
+            info.file,
+            f"has shape {list(info.shape)} where config.json makes it {list(part.shape)}",
+            info.name,
+        )
+    if info.dtype != part.dtype:
+        raise CheckpointError(info.file, f"is {info.dtype} and must be {part.dtype}", info.name)
+
+
+def load(
+    checkpoint: Checkpoint, manifest: Manifest, device: torch.device, progress: Progress
+) -> dict[tuple[int | None, str], Any]:
+    """Read every weight to the device.
+
+    Returns:
+        (layer, field) → `Weight`, tensor (FLOAT as float32), or float (SCALE).
+
+    Raises:
+        CheckpointError: a file ends early, or a scale is NaN or negative.
+    """
+    places: list[tuple[TensorInfo, Tensor]] = []
+    raw: list[tuple[Item, dict[str, Tensor]]] = []
+    for item in manifest.items:
+        tensors = {part.role: _allocate(checkpoint, item, part, device, places) for part in item.parts}
+        raw.append((item, tensors))
+    places += [(info, torch.empty(info.shape)) for info in manifest.unused]
+    places.sort(key=lambda place: (place[0].file, place[0].offset))
+    total = sum(info.nbytes for info, _ in places)
+    done = 0
+    progress(done, total)
+    for info, place in places:
+        _read(checkpoint, info, place)
+        done += info.nbytes
+        progress(done, total)
+    return {(item.layer, item.entry.field): _finish(item, tensors) for item, tensors in raw}
+
+
+def _allocate(
+    checkpoint: Checkpoint,
+    item: Item,
+    part: Part,
+    device: torch.device,
+    places: list[tuple[TensorInfo, Tensor]],
+) -> Tensor:
+    """Memory for a part, stacked if it is of experts; notes where each tensor of the checkpoint goes."""
+    stacked = item.entry.kind is Kind.EXPERTS
+    shape = (len(part.names), *part.shape) if stacked else part.shape
+    tensor = torch.empty(shape, dtype=_DTYPES[part.dtype], device=device)
+    for index, name in enumerate(part.names):
+        places.append((checkpoint.tensors[name], tensor[index] if stacked else tensor))
+    return tensor
+
+
+def _read(checkpoint: Checkpoint, info: TensorInfo, place: Tensor) -> None:
+    host = place if place.device.type == "cpu" else torch.empty_like(place, device="cpu")
+    flat = host.reshape(-1).view(torch.uint8)
+    checkpoint.read_into(info, flat.numpy().data)
+    if info.name.endswith("_scale") or info.name.endswith("_scale_2"):
+        _check_scale(info, host)
+    if host is not place:
+        place.copy_(host)
+
+
+def _check_scale(info: TensorInfo, values: Tensor) -> None:
+    if values.dtype == torch.float8_e4m3fn:
+        codes = values.reshape(-1).view(torch.uint8)
+        bad = bool(((codes > 0x80) | (codes == 0x7F)).any())  # 0x80 is -0; above it negative or NaN
+    else:
+        bad = not bool(((values >= 0) & values.isfinite()).all())
+    if bad:
+        raise CheckpointError(info.file, "holds a scale that is NaN, infinite or negative", info.name)
+    if info.name.endswith(_KV_SCALES) and not bool((values > 0).all()):
+        raise CheckpointError(info.file, "is 0, and the KV cache is divided by it", info.name)
+
+
+def _finish(item: Item, tensors: dict[str, Tensor]) -> Any:
+    match item.entry.kind, item.format:
+        case Kind.SCALE, _:
+            return float(tensors["data"]) if tensors else 1.0
+        case Kind.FLOAT, _:
+            return tensors["data"].float()
+        case Kind.STORED, _:
+            return tensors["data"]
+        case _, Format.BF16:
+            return Plain(tensors["data"])
+        case _, Format.FP8:
+            return Fp8(tensors["data"], tensors["scale"])
+        case _, Format.NVFP4:
+            return Nvfp4(tensors["data"], tensors["scales"], tensors["scale"])

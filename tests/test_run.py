@@ -1,0 +1,283 @@
+"""`nanoserve run` as a process, with the real engine: what a user's first minutes and a supervisor rely on."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from conftest import DATA
+from hf_reference import reference_greedy, reference_model, write_twin
+from openai.types.chat import ChatCompletionMessageParam
+from safetensors.torch import load_file, save_file
+
+Make = Callable[..., Path]
+CHAT: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello"}]
+
+
+class Server:
+    """A running `nanoserve run --port 0`; ``log`` is all of its output."""
+
+    def __init__(self, *arguments: str | Path, env: dict[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", "nanoserve", "run", *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}
+        )
+        self.log = ""
+        self._ready = threading.Event()
+        self._url = ""
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.log += line
+            if match := re.search(r"listening on (http://\S+)", line):
+                self._url = match[1]
+                self._ready.set()
+        self._ready.set()
+
+    @property
+    def url(self) -> str:
+        """The base URL for clients, ending in /v1; waits until it is printed."""
+        assert self._ready.wait(60), self.log
+        assert self._url, self.log
+        return self._url
+
+    @property
+    def root(self) -> str:
+        return self.url.removesuffix("/v1")
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=60)
+
+    def stop(self, with_signal: signal.Signals = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(with_signal)
+        code = self.process.wait(30)
+        self._reader.join(10)
+        assert self.process.stdout
+        self.process.stdout.close()
+        return code
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def start(*arguments: str | Path, env: dict[str, str] | None = None) -> Server:
+        servers.append(Server(*arguments, "--port", "0", "--device", "cpu", env=env))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.process.kill()
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(random_checkpoint: Path) -> Iterator[Server]:
+    server = Server(random_checkpoint, "--port", "0", "--device", "cpu", "--max-context", "512")
+    yield server
+    assert server.stop() == 0, server.log
+    assert "Traceback" not in server.log
+
+
+def test_the_plan_is_printed_before_the_weights_are_read(server: Server) -> None:
+    assert server.url
+    order = [server.log.index(words) for words in ("KV pages", "largest context", "weights 100%", "listening on")]
+    assert order == sorted(order)
+
+
+def test_chat_equals_the_references_greedy_tokens(server: Server, random_checkpoint: Path, tmp_path: Path) -> None:
+    """The whole way of a token, from the wire to the wire, against transformers."""
+    from nanoserve.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(random_checkpoint)
+    assert tokenizer is not None
+    ids = tokenizer.encode_chat(CHAT)  # type: ignore[arg-type]  # typed dicts are mappings
+    reference = reference_model(write_twin(random_checkpoint, tmp_path / "twin"))
+    want = reference_greedy(reference, ids, 32)
+    answer = server.client().chat.completions.create(
+        model="model", messages=CHAT, max_tokens=32, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert answer.choices[0].message.content == tokenizer.decode(want)
+    assert answer.usage
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 32)
+
+
+def test_streamed_and_whole_answers_are_the_same(server: Server) -> None:
+    client, options = server.client(), {"model": "model", "max_tokens": 40, "seed": 7}
+    whole = client.completions.create(prompt="abc", **options)  # type: ignore[arg-type]
+    pieces = client.completions.create(prompt="abc", stream=True, **options)  # type: ignore[arg-type]
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+
+
+def test_an_abandoned_stream_frees_the_engine(server: Server) -> None:
+    client = server.client()
+    for _ in range(5):
+        stream = client.chat.completions.create(
+            model="model", messages=CHAT, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        stream.close()
+    started = time.monotonic()
+    client.completions.create(model="model", prompt=[5], max_tokens=1)
+    assert time.monotonic() - started < 3
+
+
+def test_many_at_once_get_the_single_answer(server: Server) -> None:
+    want = server.client().completions.create(model="model", prompt=[5, 6], max_tokens=8, temperature=0)
+    got: list[str] = []
+
+    def ask() -> None:
+        answer = server.client().completions.create(model="model", prompt=[5, 6], max_tokens=8, temperature=0)
+        got.append(answer.choices[0].text)
+
+    threads = [threading.Thread(target=ask) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == [want.choices[0].text] * 20
+
+
+def test_over_long_prompts_are_refused_and_full_ones_answered(server: Server) -> None:
+    client = server.client()
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="model", prompt=[5] * 512, max_tokens=1)
+    assert caught.value.code == "context_length_exceeded"
+    answer = client.completions.create(model="model", prompt=[5] * 511, max_tokens=50)
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    assert answer.usage
+    assert answer.usage.completion_tokens == 1
+
+
+def test_sigterm_lets_a_stream_finish(serve: Callable[..., Server], random_checkpoint: Path) -> None:
+    server = serve(random_checkpoint, "--max-context", "400")
+    body = {"model": "model", "prompt": [5], "max_tokens": 150, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.process.terminate()
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert server.stop() == 0
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_server_ends_at_once(
+    serve: Callable[..., Server], random_checkpoint: Path, with_signal: signal.Signals
+) -> None:
+    server = serve(random_checkpoint)
+    assert server.url
+    started = time.monotonic()
+    assert server.stop(with_signal) == 0
+    assert time.monotonic() - started < 5
+    assert "Traceback" not in server.log
+
+
+def test_a_killed_server_can_start_again_on_its_port(
+    serve: Callable[..., Server], random_checkpoint: Path
+) -> None:
+    first = serve(random_checkpoint)
+    port = first.root.rpartition(":")[2]
+    first.process.kill()
+    first.stop()
+    second = Server(random_checkpoint, "--port", port, "--device", "cpu")
+    assert second.url.endswith(f":{port}/v1")
+    assert second.stop() == 0
+
+
+def test_a_taken_port_is_one_line_before_anything_is_loaded(random_checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = Server(random_checkpoint, "--port", str(taken.getsockname()[1]))
+        assert server.stop() != 0 if server.process.wait(30) else False
+    assert server.log.count("\n") == 1
+    assert "in use" in server.log
+
+
+def test_a_fault_in_the_data_ends_the_server_with_one_line(make_checkpoint: Make) -> None:
+    directory = make_checkpoint()
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["backbone.layers.1.mixer.experts.3.up_proj.weight_scale_2"] *= torch.nan
+    save_file(tensors, file)
+    server = Server(directory, "--port", "0", "--device", "cpu")
+    assert server.process.wait(30) == 1
+    server.stop()
+    errors = [line for line in server.log.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert "experts.3.up_proj.weight_scale_2" in errors[0]
+    assert "Traceback" not in server.log
+
+
+def test_without_a_model_a_random_one_is_served(serve: Callable[..., Server]) -> None:
+    server = serve()
+    answer = server.client().chat.completions.create(model="random-nemotron-h", messages=CHAT, max_tokens=5)
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    assert "RANDOM" in server.log
+
+
+@pytest.mark.parametrize("words", ["RANDOM", "largest context"])
+def test_a_server_that_is_ended_while_it_starts_leaves_no_files(tmp_path: Path, words: str) -> None:
+    server = Server("--port", "0", "--device", "cpu", env={"TMPDIR": str(tmp_path)})
+    while words not in server.log and server.process.poll() is None:
+        time.sleep(0.005)
+    server.stop()
+    assert list(tmp_path.glob("nanoserve-*")) == []
+    assert "Traceback" not in server.log
+
+
+def test_a_checkpoint_without_tokenizer_serves_ids(serve: Callable[..., Server]) -> None:
+    server = serve(DATA / "super_mixed")
+    answer = httpx.post(
+        f"{server.url}/completions", json={"prompt": [5, 6], "max_tokens": 3, "logprobs": 2}
+    ).json()
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) <= 3
+    refused = httpx.post(f"{server.url}/chat/completions", json={"messages": CHAT})
+    assert refused.status_code == 400
+    assert "tokenizer" in refused.json()["error"]["message"]
+
+
+def test_the_key_guards_every_route_but_health(
+    serve: Callable[..., Server], random_checkpoint: Path, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("sesame\n")
+    for server in (
+        serve(random_checkpoint, "--api-key-file", key),
+        serve(random_checkpoint, env={"NANOSERVE_API_KEY": "sesame"}),
+    ):
+        assert server.client("sesame").models.list().data[0].id == "model"
+        with pytest.raises(openai.AuthenticationError):
+            server.client("wrong").models.list()
+        assert httpx.get(f"{server.root}/health").status_code == 200
+        assert httpx.get(f"{server.root}/metrics").status_code == 401
+        assert "sesame" not in server.log
+
+
+def test_echoed_logprobs_are_the_engines_scores(server: Server, random_checkpoint: Path) -> None:
+    """What lm-eval's loglikelihood asks for."""
+    import nanoserve
+
+    ids = [5, 100, 200, 300, 301, 7]
+    body = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1}
+    answer = httpx.post(f"{server.url}/completions", json=body).json()
+    scores = answer["choices"][0]["logprobs"]["token_logprobs"]
+    with nanoserve.load(random_checkpoint, device="cpu", max_context=64) as engine:
+        assert scores[0] is None
+        assert scores[1:] == pytest.approx(engine.score(ids), abs=1e-4)
+    assert json.dumps(answer)

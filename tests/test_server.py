@@ -1,0 +1,403 @@
+"""The endpoints over a fake engine: in process for what they say, over loopback for what they survive."""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import END, FakeEngine, Running, make_service, make_tokenizer, plain_config, running, until
+from starlette.testclient import TestClient
+
+from nanoserve.routes import create_app
+from nanoserve.tokenizer import Tokenizer
+from nanoserve.worker import EngineLike, Worker
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@contextmanager
+def client_of(engine: FakeEngine, tokenizer: Tokenizer | None, **options: object) -> Generator[TestClient]:
+    worker = Worker(lambda: engine, max_queue=4)
+    worker.wait_ready(5)
+    app = create_app(plain_config(**options), make_service(worker, tokenizer, engine))
+    try:
+        yield TestClient(app, base_url="http://localhost")
+    finally:
+        assert worker.close(5)
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def client(engine: FakeEngine, tokenizer: Tokenizer) -> Iterator[TestClient]:
+    with client_of(engine, tokenizer) as client:
+        yield client
+
+
+@pytest.fixture
+def server(tokenizer: Tokenizer) -> Iterator[Running]:
+    with running(tokenizer, FakeEngine(delay=0.02)) as server:
+        yield server
+
+
+def events_of(text: str) -> list[Any]:
+    """The stream's chunks, and "[DONE]"; comments are left out."""
+    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    data = [block.removeprefix("data: ") for block in blocks]
+    return [item if item == "[DONE]" else json.loads(item) for item in data]
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("path", [CHAT, TEXT])
+    def test_a_stream_says_what_a_whole_answer_says(self, client: TestClient, path: str) -> None:
+        body = {"messages": HI} if path == CHAT else {"prompt": "hi"}
+        body |= {"max_tokens": 40, "seed": 7, "ignore_eos": True, "n": 2}
+        whole = client.post(path, json=body).json()
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        chunks = events_of(client.post(path, json={**body, **options}).text)
+        assert chunks[-1] == "[DONE]"
+        assert chunks[-2]["usage"] == whole["usage"]
+        assert whole["usage"]["completion_tokens"] == 80
+        texts = ["", ""]
+        for chunk in chunks[:-2]:
+            (choice,) = chunk["choices"]
+            texts[choice["index"]] += choice.get("text") or choice.get("delta", {}).get("content", "")
+        assert texts == [c["message"]["content"] if path == CHAT else c["text"] for c in whole["choices"]]
+        assert texts[0] != texts[1]
+        assert len({chunk["id"] for chunk in chunks[:-1]}) == 1
+
+    def test_one_token_a_chunk(self, client: TestClient, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+        engine.script = tokenizer.encode("one two three")
+        chunks = events_of(client.post(CHAT, json={"messages": HI, "stream": True}).text)
+        texts = [c["choices"][0]["delta"].get("content") for c in chunks[:-1]]
+        assert texts == ["", *(tokenizer.token_text(id) for id in engine.script), None]
+        assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+
+    def test_the_end_token_is_hidden_and_counted(
+        self, client: TestClient, engine: FakeEngine, tokenizer: Tokenizer
+    ) -> None:
+        engine.script = tokenizer.encode("ab")
+        answer = client.post(CHAT, json={"messages": HI}).json()
+        assert answer["choices"][0]["message"]["content"] == "ab"
+        assert answer["usage"]["completion_tokens"] == len(engine.script) + 1
+        answer = client.post(CHAT, json={"messages": HI, "ignore_eos": True, "max_tokens": 6}).json()
+        assert answer["choices"][0]["message"]["content"] == "ab"
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert END not in engine.script
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_stop_strings_never_leak(
+        self, engine: FakeEngine, tokenizer: Tokenizer, client: TestClient, stream: bool
+    ) -> None:
+        engine.script = tokenizer.encode("hello wor")
+        body = {"messages": HI, "stop": ["lo w", "zzz"], "stream": stream}
+        response = client.post(CHAT, json=body)
+        if stream:
+            deltas = [c["choices"][0] for c in events_of(response.text)[:-1]]
+            text = "".join(d["delta"].get("content", "") for d in deltas)
+            reason = deltas[-1]["finish_reason"]
+        else:
+            choice = response.json()["choices"][0]
+            text, reason = choice["message"]["content"], choice["finish_reason"]
+        assert (text, reason) == ("hel", "stop")
+
+    def test_a_stop_string_of_one_choice_leaves_the_others(
+        self, engine: FakeEngine, tokenizer: Tokenizer, client: TestClient
+    ) -> None:
+        engine.script = tokenizer.encode("abc stop def")
+        answer = client.post(TEXT, json={"prompt": ["x", "y", "z"], "stop": " stop", "max_tokens": 50}).json()
+        assert [c["text"] for c in answer["choices"]] == ["abc"] * 3
+        assert [c["index"] for c in answer["choices"]] == [0, 1, 2]
+
+    def test_lm_evaluation_scores_a_prompt(self, client: TestClient) -> None:
+        body = {"prompt": [[30, 31, 32]], "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+        choice = client.post(TEXT, json=body).json()["choices"][0]
+        assert choice["logprobs"]["token_logprobs"] == [None, -1.5, -1.5]
+        assert len(choice["logprobs"]["top_logprobs"]) == 3
+        assert choice["finish_reason"] == "length"
+
+    def test_max_tokens_of_a_chat_is_the_context(self, client: TestClient) -> None:
+        usage = client.post(CHAT, json={"messages": HI, "ignore_eos": True}).json()["usage"]
+        assert usage["total_tokens"] == 512
+
+    def test_context_errors_name_the_code(self, client: TestClient) -> None:
+        for path, body in (
+            (CHAT, {"messages": [{"role": "user", "content": "x" * 3000}]}),
+            (TEXT, {"prompt": [5] * 512}),
+        ):
+            error = client.post(path, json=body).json()["error"]
+            assert error["code"] == "context_length_exceeded"
+        assert (
+            client.post(TEXT, json={"prompt": [5] * 511, "max_tokens": 9}).json()["usage"]["completion_tokens"]
+            == 1
+        )
+
+    def test_template_switches_reach_the_template(self, client: TestClient) -> None:
+        def prompt(**kwargs: Any) -> str:
+            ids = client.post("/tokenize", json={"messages": HI, **kwargs}).json()["tokens"]
+            return client.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+
+        assert prompt().endswith("<think>\n")
+        assert prompt(chat_template_kwargs={"enable_thinking": False}).endswith("<think></think>")
+        assert prompt(add_generation_prompt=False).endswith("<|im_end|>\n")
+
+
+class TestOtherRoutes:
+    def test_tokenize_and_back(self, client: TestClient) -> None:
+        answer = client.post("/tokenize", json={"prompt": "<|im_end|>é"}).json()
+        assert answer["count"] == len(answer["tokens"])
+        assert answer["max_model_len"] == 512
+        assert answer["tokens"][0] == END
+        assert client.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "<|im_end|>é"}
+
+    def test_models(self, client: TestClient) -> None:
+        (model,) = client.get("/v1/models").json()["data"]
+        assert model["id"] == "org/fake"
+        assert client.get("/v1/models/org/fake").json() == model
+        assert client.get("/v1/models/org%2Ffake").json() == model
+        missing = client.get("/v1/models/other")
+        assert missing.status_code == 404
+        assert missing.json()["error"]["code"] == "model_not_found"
+
+    @pytest.mark.parametrize(
+        "path", ["/", "/v1", "/collective_rpc", "/sleep", "/docs", "/openapi.json", "/v1/models/", CHAT + "/"]
+    )
+    def test_unknown_paths(self, client: TestClient, path: str) -> None:
+        response = client.get(path, follow_redirects=False)
+        assert response.status_code == 404
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+    @pytest.mark.parametrize(
+        ("method", "path", "allow"),
+        [("GET", CHAT, "POST"), ("DELETE", "/v1/models", "GET"), ("PUT", TEXT, "POST")],
+    )
+    def test_wrong_methods(self, client: TestClient, method: str, path: str, allow: str) -> None:
+        response = client.request(method, path)
+        assert response.status_code == 405
+        assert allow in response.headers["allow"]
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+    def test_metrics_count(self, client: TestClient) -> None:
+        client.post(CHAT, json={"messages": HI, "max_tokens": 5, "ignore_eos": True})
+        response = client.get("/metrics")
+        assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+        lines = response.text.splitlines()
+        assert "nanoserve_generation_tokens_total 5" in lines
+        assert 'nanoserve_request_success_total{finished_reason="length"} 1' in lines
+        names = [line.split()[2] for line in lines if line.startswith("# TYPE")]
+        assert len(names) == len(set(names)) == 8
+
+    def test_an_unexpected_error_is_500_without_details(
+        self, client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def crash(*args: object, **options: object) -> list[int]:
+            raise ZeroDivisionError("secret")
+
+        monkeypatch.setattr(Tokenizer, "encode", crash)
+        response = client.post("/tokenize", json={"prompt": "a"})
+        assert response.status_code == 500
+        assert response.json()["error"]["type"] == "server_error"
+        assert "secret" not in response.text
+        assert "ZeroDivisionError" in caplog.text
+
+
+class TestWithoutTokenizer:
+    def test_ids_are_served_and_text_is_refused(self, engine: FakeEngine) -> None:
+        with client_of(engine, None) as client:
+            body = {"prompt": [30, 31], "max_tokens": 3, "return_token_ids": True, "logprobs": 0}
+            choice = client.post(TEXT, json=body).json()["choices"][0]
+            assert choice["text"] == ""
+            assert [f"token_id:{id}" for id in choice["token_ids"]] == choice["logprobs"]["tokens"]
+            assert len(choice["token_ids"]) == 3
+            for path, refused in (
+                (CHAT, {"messages": HI}),
+                (TEXT, {"prompt": "a"}),
+                ("/tokenize", {"prompt": "a"}),
+            ):
+                response = client.post(path, json=refused)
+                assert response.status_code == 400
+                assert "no tokenizer" in response.json()["error"]["message"]
+
+
+class TestFailures:
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_an_engine_failure(
+        self, engine: FakeEngine, client: TestClient, stream: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        engine.fail, engine.fail_at = RuntimeError("CUDA secret"), 3
+        response = client.post(CHAT, json={"messages": HI, "stream": stream, "ignore_eos": True})
+        if stream:
+            assert response.status_code == 200
+            last = events_of(response.text)[-1]
+            assert "[DONE]" not in response.text
+        else:
+            assert response.status_code == 500
+            last = response.json()
+        assert last["error"]["type"] == "server_error"
+        assert "secret" not in response.text
+        health = client.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "broken"})
+        refused = client.post(CHAT, json={"messages": HI})
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "engine_unavailable"
+
+    def test_while_loading(self, tokenizer: Tokenizer) -> None:
+        go = threading.Event()
+
+        def load() -> EngineLike:
+            go.wait(10)
+            return FakeEngine()
+
+        worker = Worker(load, max_queue=1)
+        client = TestClient(
+            create_app(plain_config(), make_service(worker, tokenizer, FakeEngine())), base_url="http://localhost"
+        )
+        assert client.get("/health").json() == {"status": "loading"}
+        refused = client.post(CHAT, json={"messages": "no work is spent on finding out that this is wrong"})
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert client.get("/v1/models").status_code == 200
+        go.set()
+        worker.wait_ready(5)
+        assert client.post(CHAT, json={"messages": HI, "max_tokens": 1}).status_code == 200
+        assert worker.close(5)
+
+
+def stream_to(server: Running, body: dict[str, Any], path: str = CHAT) -> socket.socket:
+    """A raw connection that has sent a request."""
+    data = json.dumps(body).encode()
+    sock = server.connect()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    )
+    sock.sendall(head.encode() + b"\r\n\r\n" + data)
+    return sock
+
+
+LONG = {"messages": HI, "ignore_eos": True, "max_tokens": 450}
+
+
+class TestClientsThatLeave:
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("wait", [0.0, 0.01, 0.05, 0.2])
+    def test_a_reset_frees_the_engine(self, server: Running, stream: bool, wait: float) -> None:
+        for _ in range(3):
+            sock = stream_to(server, {**LONG, "stream": stream})
+            time.sleep(wait)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+            sock.close()
+        start = time.monotonic()
+        answer = httpx.post(server.url + CHAT, json={"messages": HI, "max_tokens": 1}, timeout=10)
+        assert answer.status_code == 200
+        assert time.monotonic() - start < 3
+        until(lambda: (server.worker.running, server.worker.waiting) == (0, 0))
+
+    def test_a_queued_request_whose_client_left_is_never_started(self, server: Running) -> None:
+        blocker = stream_to(server, LONG)
+        until(lambda: server.worker.running == 1)
+        queued = stream_to(server, {"prompt": [77, 78], "max_tokens": 5}, TEXT)
+        until(lambda: server.worker.waiting == 1)
+        queued.close()
+        until(lambda: server.worker.waiting == 0, 2)
+        blocker.close()
+        until(lambda: server.worker.running == 0)
+        assert (77, 78) not in server.engine.started
+
+    def test_a_stop_string_frees_the_engine(self, server: Running, tokenizer: Tokenizer) -> None:
+        server.engine.script = tokenizer.encode("one two three " * 40)
+        body = {"messages": HI, "stop": " two"}
+        answer = httpx.post(server.url + CHAT, json=body, timeout=10).json()
+        assert answer["choices"][0]["message"]["content"] == "one"
+        until(lambda: server.worker.running == 0, 1)
+
+    def test_a_client_that_leaves_amid_its_body(self, server: Running, caplog: pytest.LogCaptureFixture) -> None:
+        with server.connect() as sock:
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+            sock.sendall(b"Content-Length: 1000\r\n\r\n{")
+            time.sleep(0.1)
+        time.sleep(0.2)
+        assert httpx.get(server.url + "/health").status_code == 200
+        assert "Traceback" not in caplog.text
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+    def test_a_stalled_reader_blocks_nobody(self, tokenizer: Tokenizer) -> None:
+        with running(tokenizer, FakeEngine(max_context=20_000)) as server:
+            body = {"prompt": [30], "max_tokens": 19_000, "ignore_eos": True, "logprobs": 20, "stream": True}
+            stalled = stream_to(server, body, TEXT)
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            until(lambda: server.worker.running == 1)
+            until(lambda: server.worker.running == 0, 20)
+            answer = httpx.post(server.url + TEXT, json={"prompt": [31], "max_tokens": 1}, timeout=10)
+            assert answer.status_code == 200
+            stalled.close()
+
+
+class TestLoad:
+    def test_two_hundred_at_once(self, tokenizer: Tokenizer) -> None:
+        body = {"messages": HI, "max_tokens": 4, "ignore_eos": True, "seed": 1}
+        with (
+            running(tokenizer, FakeEngine(delay=0.002), max_queue=20) as server,
+            httpx.Client(limits=httpx.Limits(max_connections=200), timeout=30) as http,
+            ThreadPoolExecutor(200) as pool,
+        ):
+            jobs = [pool.submit(http.post, server.url + CHAT, json=body) for _ in range(200)]
+            answers = [job.result() for job in jobs]
+            assert {answer.status_code for answer in answers} == {200, 503}
+            texts = {a.json()["choices"][0]["message"]["content"] for a in answers if a.status_code == 200}
+            assert len(texts) == 1
+            for refused in (answer for answer in answers if answer.status_code == 503):
+                assert int(refused.headers["retry-after"]) >= 1
+                assert refused.json()["error"]["code"] == "queue_full"
+            until(lambda: (server.worker.running, server.worker.waiting) == (0, 0))
+
+    def test_three_hundred_requests_leave_nothing_behind(self, tokenizer: Tokenizer) -> None:
+        with running(tokenizer, FakeEngine(max_context=4096)) as server, httpx.Client(timeout=10) as http:
+
+            def burst(count: int) -> None:
+                for i in range(count):
+                    body = {"messages": HI, "max_tokens": 8, "stream": i % 2 == 0, "n": 1 + i % 2}
+                    assert http.post(server.url + CHAT, json=body).status_code == 200
+
+            burst(30)
+            before = (len(os.listdir("/proc/self/fd")), threading.active_count())
+            burst(270)
+            after = (len(os.listdir("/proc/self/fd")), threading.active_count())
+            assert after[0] < before[0] + 10
+            assert after[1] < before[1] + 5
+
+    def test_small_writes_do_not_wait_for_acknowledgements(self, server: Running) -> None:
+        """Head and body are two writes: without TCP_NODELAY the second waits 40 ms."""
+        with httpx.Client() as http:
+            start = time.monotonic()
+            for _ in range(20):
+                http.get(server.url + "/health")
+            assert (time.monotonic() - start) / 20 < 0.02
+
+    def test_silence_is_filled_with_pings(self, tokenizer: Tokenizer) -> None:
+        with running(tokenizer, FakeEngine(delay=0.5), ping_interval=0.1) as server:
+            body = {"messages": HI, "max_tokens": 2, "stream": True, "ignore_eos": True}
+            text = httpx.post(server.url + CHAT, json=body).text
+            assert text.count(": ping\n\n") >= 4
+            assert events_of(text)[-1] == "[DONE]"
+
+    def test_stream_headers(self, server: Running) -> None:
+        response = httpx.post(server.url + CHAT, json={"messages": HI, "max_tokens": 1, "stream": True})
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["cache-control"] == "no-cache"
+        assert response.headers["x-accel-buffering"] == "no"

@@ -1,0 +1,71 @@
+"""Backends are resolved once, with reasons, and never to nothing."""
+
+import pytest
+import torch
+
+from nanoserve.errors import BackendError
+from nanoserve.kernels import table
+from nanoserve.kernels.linear import Plain
+from nanoserve.kernels.table import BACKENDS, describe, select
+
+CPU = torch.device("cpu")
+
+
+def test_every_op_resolves_to_a_function_and_a_reason() -> None:
+    ops = select(CPU, {})
+    assert [row.op for row in ops.report] == list(BACKENDS)
+    for row in ops.report:
+        assert callable(getattr(ops, row.op))
+        assert row.reason
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"routr": "torch"}, ("routr", "router")),
+        ({"router": "cuda"}, ("router", "'cuda'", "torch")),
+    ],
+)
+def test_unknown_names_are_told_with_the_known_ones(choices: dict[str, str], words: tuple[str, ...]) -> None:
+    with pytest.raises(BackendError) as caught:
+        select(CPU, choices)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.fixture
+def fast_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second backend for one op, which needs a GPU."""
+    backends = {**BACKENDS, "router": {"fast": "nanoserve.kernels.linear:relu2", **BACKENDS["router"]}}
+    monkeypatch.setattr(table, "BACKENDS", backends)
+
+    def needs_gpu(device: torch.device) -> str | None:
+        return None if device.type == "cuda" else "needs a GPU"
+
+    monkeypatch.setattr(table, "REQUIREMENTS", {**table.REQUIREMENTS, "fast": needs_gpu})
+
+
+@pytest.mark.usefixtures("fast_router")
+def test_the_best_that_can_run_is_taken_and_the_others_reason_told() -> None:
+    ops = select(CPU, {})
+    row = next(row for row in ops.report if row.op == "router")
+    assert (row.backend, row.rejected) == ("torch", (("fast", "needs a GPU"),))
+    assert any("router" in line and "not fast: needs a GPU" in line for line in describe(ops.report))
+    gpu = select(torch.device("cuda"), {})
+    assert next(row.backend for row in gpu.report if row.op == "router") == "fast"
+
+
+@pytest.mark.usefixtures("fast_router")
+def test_a_choice_that_cannot_run_is_refused_and_never_replaced() -> None:
+    with pytest.raises(BackendError) as caught:
+        select(CPU, {"router": "fast"})
+    assert all(word in str(caught.value) for word in ("router", "fast", "needs a GPU", "torch"))
+    gpu = select(torch.device("cuda"), {"router": "torch"})
+    row = next(row for row in gpu.report if row.op == "router")
+    assert (row.backend, row.reason) == ("torch", "chosen by name")
+
+
+def test_linear_takes_the_op_of_the_weights_format() -> None:
+    ops = select(CPU, {})
+    weight = Plain(torch.randn(3, 4))
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(ops.linear(x, weight), x @ weight.data.T)
