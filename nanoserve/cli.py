@@ -4,10 +4,12 @@ import argparse
 import io
 import json
 import os
+import secrets
+import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -69,8 +71,7 @@ def _run(options: argparse.Namespace) -> int:
 
     engine_options, server_options = _sections(options)
     with ExitStack() as stack:
-        stack.enter_context(_cleaning_up_on_sigterm())
-        path = options.model or _random_checkpoint(stack)
+        path = stack.enter_context(_model_directory(options.model, signal.SIGTERM, signal.SIGINT))
         checkpoint = open_checkpoint(path)
         tokenizer = Tokenizer.load(checkpoint.directory)
         socket = stack.enter_context(server.bind(server_options))
@@ -86,32 +87,59 @@ def _run(options: argparse.Namespace) -> int:
             vocab_size=prepared.config.vocab_size,
             sampling_defaults=sampling_defaults(checkpoint.generation_config),
         )
-        return server.serve(server_options, service, socket)
+        code = server.serve(server_options, service, socket)
+    return server.leave(code, worker)
 
 
 @contextmanager
-def _cleaning_up_on_sigterm() -> Generator[None]:
-    """Until the server has its own handlers, SIGTERM unwinds the stack instead of leaving files behind."""
+def _leaving_at_once(*signals: signal.Signals, clean_up: Callable[[], object]) -> Generator[None]:
+    """Until the server has handlers of its own, a signal cleans up and ends the process there and then.
+
+    Raising an exception in the handler instead would be lost now and then: Python drops what is raised inside
+    a destructor or a weak reference's callback, and every import runs one of those.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        clean_up()
+        os._exit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, leave) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _random_checkpoint(stack: ExitStack) -> Path:
+@contextmanager
+def _model_directory(model: Path | None, *signals: signal.Signals) -> Generator[Path]:
+    """The MODEL given, or a random checkpoint that is gone afterwards, also when one of ``signals`` ends us."""
+    if model is not None:
+        with _leaving_at_once(*signals, clean_up=lambda: None):
+            yield model
+        return
+    # Named before it is made, so that there is no moment at which a signal could leave it behind.
+    directory = Path(tempfile.gettempdir()) / f"nanoserve-{secrets.token_hex(8)}"
+
+    def clean_up() -> None:
+        shutil.rmtree(directory, ignore_errors=True)
+
+    with _leaving_at_once(*signals, clean_up=clean_up):
+        try:
+            directory.mkdir(mode=0o700)
+            yield _random_checkpoint(directory)
+        finally:
+            clean_up()
+
+
+def _random_checkpoint(directory: Path) -> Path:
     from nanoserve.random_checkpoint import write_random_checkpoint
 
-    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nanoserve-"))) / "random-nemotron-h"
     _say(
         "no MODEL given: serving a small Nemotron-H with RANDOM weights in the released Lightning format.\n"
         "It answers with noise; it shows that the engine and your client work."
     )
-    return write_random_checkpoint(directory)
+    return write_random_checkpoint(directory / "random-nemotron-h")
 
 
 def _announce(prepared: "Prepared", has_tokenizer: bool) -> None:
@@ -141,7 +169,7 @@ def _generate(options: argparse.Namespace) -> int:
     prompt: Prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
     sampling = {name: getattr(options, name) for name in ("max_tokens", "temperature", "seed")}
     with ExitStack() as stack:
-        path = options.model or _random_checkpoint(stack)
+        path = stack.enter_context(_model_directory(options.model, signal.SIGTERM))
         checkpoint = open_checkpoint(path)
         tokenizer = Tokenizer.load(checkpoint.directory)
         prepared = prepare(checkpoint, engine_options)

@@ -17,9 +17,9 @@ from nanoserve.errors import ConfigError, NanoserveError
 from nanoserve.http_guard import is_loopback
 from nanoserve.http_timeouts import MAX_HEADER_BYTES, timed_protocol
 from nanoserve.routes import Service, create_app
-from nanoserve.worker import CANCEL_GRACE, WorkerState
+from nanoserve.worker import CANCEL_GRACE, Worker, WorkerState
 
-__all__ = ["Service", "bind", "create_app", "serve"]
+__all__ = ["Service", "bind", "create_app", "leave", "serve"]
 
 log = logging.getLogger("nanoserve.server")
 
@@ -65,7 +65,7 @@ def bind(config: ServerConfig) -> socket.socket:
 def serve(config: ServerConfig, service: Service, sock: socket.socket) -> int:
     """Serve until SIGTERM or SIGINT: then /health turns red and running requests get the drain timeout.
 
-    A second signal ends at once. The worker is closed at the end.
+    A second signal ends at once. The worker is closed at the end; one that hangs may be left not ``ended``.
 
     Returns:
         Exit code: 0, or 1 when the model could not be loaded or the engine broke.
@@ -77,9 +77,16 @@ def serve(config: ServerConfig, service: Service, sock: socket.socket) -> int:
         server.run(sockets=[sock])
         patience = 0.5 if server.force_exit else CLOSE_TIME
     finally:
-        ended = service.worker.close(patience)
-    code = server.exit_code
-    if not ended:
+        service.worker.close(patience)
+    return server.exit_code
+
+
+def leave(code: int, worker: Worker) -> int:
+    """Return ``code``; or end the process with it at once, where its exit would wait for a worker that hangs.
+
+    To be called when nothing is left to clean up.
+    """
+    if not worker.ended:
         log.warning("the engine does not end: leaving without it")
         sys.stderr.flush()
         sys.stdout.flush()

@@ -104,6 +104,11 @@ class Worker:
         """Requests in the queue."""
         return len(self._waiting)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the thread has ended; a program that exits while it has not would wait for it."""
+        return not self._thread.is_alive()
+
     def retry_after(self) -> int:
         """Whole seconds, from 1, after which a new request may find room: an estimate."""
         with self._changed:
@@ -230,7 +235,7 @@ class Worker:
             self._changed.notify_all()
         self.cancel_all()
         self._thread.join(timeout)
-        return not self._thread.is_alive()
+        return self.ended
 
     def _main(self, load: Callable[[], EngineLike]) -> None:
         """The worker's thread."""

@@ -16,7 +16,7 @@ from nanoserve.errors import CheckpointError, ContextLengthError, RequestError
 from nanoserve.random_tokenizer import write_tokenizer
 from nanoserve.request import Event, Finish, PromptScores, Request, Token, TokenScore
 from nanoserve.routes import Service
-from nanoserve.server import Server, bind, serve
+from nanoserve.server import Server, bind, leave, serve
 from nanoserve.tokenizer import Tokenizer
 from nanoserve.worker import Worker
 
@@ -173,7 +173,7 @@ def main() -> int:
     sock = bind(config)
     worker = Worker(load, max_queue=4)
     service = make_service(worker, Tokenizer.load(Path(directory)), engine)
-    return serve(config, service, sock)
+    return leave(serve(config, service, sock), worker)
 
 
 if __name__ == "__main__":

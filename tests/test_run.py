@@ -29,14 +29,14 @@ class Server:
     """A running `nanoserve run --port 0`; ``log`` is all of its output."""
 
     def __init__(self, *arguments: str | Path, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "nanoserve", "run", *map(str, arguments)]
+        command = [sys.executable, "-X", "faulthandler", "-m", "nanoserve", "run", *map(str, arguments)]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}
         )
         self.log = ""
         self._ready = threading.Event()
         self._url = ""
-        self._reader = threading.Thread(target=self._read)
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
@@ -65,7 +65,14 @@ class Server:
     def stop(self, with_signal: signal.Signals = signal.SIGTERM) -> int:
         if self.process.poll() is None:
             self.process.send_signal(with_signal)
-        code = self.process.wait(30)
+        try:
+            code = self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            # What it hangs in is worth more than the bare fact, and a server left running would outlive pytest.
+            self.process.send_signal(signal.SIGABRT)
+            self.process.wait()
+            self._reader.join(10)
+            pytest.fail(f"the server does not end:\n{self.log}")
         self._reader.join(10)
         assert self.process.stdout
         self.process.stdout.close()
@@ -239,6 +246,29 @@ def test_a_server_that_is_ended_while_it_starts_leaves_no_files(tmp_path: Path, 
     server.stop()
     assert list(tmp_path.glob("nanoserve-*")) == []
     assert "Traceback" not in server.log
+
+
+DROPPED = """
+import os, signal, sys
+from pathlib import Path
+from nanoserve.cli import _model_directory
+
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)  # the handler runs in here, where Python drops exceptions
+
+with _model_directory(None, signal.SIGTERM) as path:
+    assert path.is_dir()
+    Dropped()
+    print("went on")
+"""
+
+
+def test_a_signal_is_heard_where_python_drops_exceptions(tmp_path: Path) -> None:
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True, env=env, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_without_tokenizer_serves_ids(serve: Callable[..., Server]) -> None:

@@ -156,14 +156,15 @@ class TestProcess:
         data = [(path, json.dumps(body).encode()) for path, body in bodies]
         headers = {"content-type": "application/json"}
         slowest, count = 0.0, 0
-        with ThreadPoolExecutor(8) as pool:
+        # One client for all polls: httpx.get() would load the certificates each time, 70 ms that are not the server's.
+        with ThreadPoolExecutor(8) as pool, httpx.Client(timeout=10) as client:
             jobs = [
                 pool.submit(httpx.post, url + path, content=content, headers=headers, timeout=60)
                 for path, content in data * 3
             ]
             while not all(job.done() for job in jobs):
                 start_time = time.monotonic()
-                assert httpx.get(url + "/health", timeout=10).status_code == 200
+                assert client.get(url + "/health").status_code == 200
                 slowest, count = max(slowest, time.monotonic() - start_time), count + 1
         assert {job.result().status_code for job in jobs} == {400}
         assert count >= 5
