@@ -20,8 +20,9 @@ __all__ = ["SamplingParams", "__version__", "generate", "load"]
 
 _HERE = Path(__file__).parent
 if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
-    # A checkout without symbolic links (a zip; git on some file systems writes text files instead): find models/ and kernels/ beside us. Only
-    # then: an installed package would otherwise pick up the unrelated distribution called `kernels`.
+    # A checkout without symbolic links (a zip; git on some file systems writes text files instead): find models/
+    # and kernels/ beside us. Only then: an installed package would otherwise pick up the unrelated distribution
+    # called `kernels`.
     __path__.append(str(_HERE.parent))
 
 

@@ -156,7 +156,7 @@ class TestProcess:
         data = [(path, json.dumps(body).encode()) for path, body in bodies]
         headers = {"content-type": "application/json"}
         slowest, count = 0.0, 0
-        # One client for all polls: httpx.get() would load the certificates each time, 70 ms that are not the server's.
+        # One client for all polls: httpx.get() loads the certificates each time, 70 ms that are not the server's.
         with ThreadPoolExecutor(8) as pool, httpx.Client(timeout=10) as client:
             jobs = [
                 pool.submit(httpx.post, url + path, content=content, headers=headers, timeout=60)
