@@ -186,7 +186,7 @@ def _refuse_other_architectures(data: Mapping[str, Any]) -> None:
     model_type = data.get("model_type")
     if model_type not in (None, "nemotron_h") or (model_type is None and not names):
         raise UnsupportedModel(_FILE, f"model_type is {model_type!r}; this engine runs 'nemotron_h' only")
-    if names and (not isinstance(names, list) or "NemotronHForCausalLM" not in names):
+    if names and "NemotronHForCausalLM" not in (names if isinstance(names, list) else [names]):
         raise UnsupportedModel(_FILE, f"architectures is {names!r}; this engine runs 'NemotronHForCausalLM' only")
 
 

@@ -196,7 +196,11 @@ def _tensors(directory: Path, weights: bool) -> dict[str, TensorInfo]:
     if not present and not weights:
         return {}
     if INDEX not in names:
-        return _merged([read_header(directory, _single(directory, names, present))])
+        file = _single(directory, names, present)
+        tensors = _merged([read_header(directory, file)])
+        if not tensors:
+            raise CheckpointError(shown(file), f"holds no tensors: {AGAIN}")
+        return tensors
     placed = _weight_map(read_object(directory, INDEX))
     tensors = _merged([read_header(directory, name) for name in sorted(set(placed.values()))])
     _check_index(placed, tensors)

@@ -109,6 +109,12 @@ class Quantization:
         """Whether the JSON says anything of quantisation."""
         return bool(self._rules)
 
+    @property
+    def names_modules(self) -> bool:
+        """Whether it says which modules are quantised, or gives a rule for all; exclusions alone do not."""
+        named = any(stored is not Format.BF16 for rules in self._rules for stored in rules.names.values())
+        return named or any(rules.globs or rules.default for rules in self._rules)
+
     def format_of(self, module: str) -> Format | None:
         """The format that the JSON gives a module such as ``backbone.layers.0.mixer.in_proj``.
 
@@ -149,7 +155,7 @@ def parse(config_json: Mapping[str, Any], hf_quant_json: Mapping[str, Any] | Non
     source = " and ".join(rule.file for rule in rules) or CONFIG
     quantization = Quantization(kv_cache_fp8=True in kv, source=source, _rules=tuple(rules))
     if len(rules) > 1:
-        for name in {name for rule in rules for name in rule.names}:
+        for name in dict.fromkeys(name for rule in rules for name in rule.names):
             quantization.format_of(name)
     return quantization
 
@@ -162,7 +168,8 @@ def canonical_name(name: str) -> str:
 def _read(file: str, table: Mapping[str, Any]) -> _Rules:
     excludes = [*_names(file, table, "exclude_modules"), *_names(file, table, "ignore")]
     claims = [*_algorithm(file, table), *_layer_map(file, table), *_groups(file, table)]
-    if not claims:
+    # A mixture may leave the map to the other file, or to the tensors: stubs of that kind are about.
+    if not claims and table.get("quant_algo") != _MIXED:
         raise CheckpointError(
             file, "its quantization names no module: quantized_layers or config_groups is missing"
         )

@@ -10,6 +10,9 @@ from nanoserve.kernels.sample import SamplerState
 from nanoserve.models.layers import Span, span_of
 from nanoserve.models.nemotron_h import NemotronH
 
+NOT_FINITE = -1
+"""Takes a token's place when the logits are no numbers: the host must not pass such a token on."""
+
 
 @torch.inference_mode()
 def prefill(model: NemotronH, cache: Cache, sequence: Sequence, ids: Tensor) -> Tensor:
@@ -55,9 +58,15 @@ def begin_decode(
     model: NemotronH, sequence: Sequence, hidden: Tensor, buffers: DecodeBuffers, sampler: SamplerState
 ) -> None:
     """Draw the first token from the prompt's last hidden state [1, H] and set the buffers up."""
-    buffers.logits.copy_(model.logits(hidden)[0])
-    buffers.ids.copy_(model.ops.sample(buffers.logits, sampler))
+    _draw(model, hidden, buffers, sampler)
     buffers.positions.fill_(sequence.length)
+
+
+def _draw(model: NemotronH, hidden: Tensor, buffers: DecodeBuffers, sampler: SamplerState) -> None:
+    """Sample from a hidden state [1, H]; the id is `NOT_FINITE` where the logits hold NaN or infinity."""
+    buffers.logits.copy_(model.logits(hidden)[0])
+    token = model.ops.sample(buffers.logits, sampler)
+    buffers.ids.copy_(torch.where(buffers.logits.isfinite().all(), token, NOT_FINITE))
 
 
 @torch.inference_mode()
@@ -70,7 +79,6 @@ def decode(
     does not ask the host (the torch column's attention and experts do); only ``sequence.length`` is the host's.
     """
     span = Span(buffers.ids, buffers.positions, sequence, cache, decode=True)
-    buffers.logits.copy_(model.logits(model.forward(span))[0])
-    buffers.ids.copy_(model.ops.sample(buffers.logits, sampler))
+    _draw(model, model.forward(span), buffers, sampler)
     buffers.positions.add_(1)
     sequence.length += 1

@@ -64,12 +64,14 @@ def check_template(template: str, file: str) -> None:
     """Compile the template.
 
     Raises:
-        CheckpointError: a syntax error; names the file and the line.
+        CheckpointError: a syntax error (names the file and the line), or what Python cannot compile.
     """
     try:
         _render(template, [], None, {})
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(file, f"chat template, line {error.lineno}: {error.message}") from error
+    except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:
+        raise CheckpointError(file, f"chat template cannot be compiled: {type(error).__name__}") from error
 
 
 def run_template(

@@ -95,6 +95,9 @@ def resolve(checkpoint: Checkpoint, config: NemotronHConfig) -> Manifest:
             the quantisation JSON disagree.
     """
     if not checkpoint.tensors:
+        if checkpoint.quantization.declared and not checkpoint.quantization.names_modules:
+            problem = "says that formats are mixed and not which module has which; the weights would tell"
+            raise CheckpointError(checkpoint.quantization.source, problem)
         items = tuple(_declared(checkpoint, config, *row) for row in entries(config))
         return Manifest(items, (), 0, 0)
     seen: set[str] = set()
@@ -166,7 +169,10 @@ def _found(
     tensors, shape = checkpoint.tensors, entry.shape(config)
     if entry.kind is Kind.SCALE and prefix + entry.name not in tensors:
         return Item(layer, entry, Format.BF16, ())
-    if entry.is_linear:
+    if entry.kind is Kind.EXPERTS and (stack := _stack(tensors, prefix, entry)):
+        format_ = Format.BF16
+        parts = (Part("data", (stack,), _float_dtype(tensors[stack]), (config.experts, *shape)),)
+    elif entry.is_linear:
         modules = _modules(entry, prefix, config)
         formats = {module: _format(checkpoint, module) for module in modules}
         format_ = formats[modules[0]]
@@ -192,15 +198,24 @@ def _found(
                 seen.add(name)
     else:
         format_, name = Format.BF16, prefix + entry.name
-        dtype = _need(tensors, name).dtype
-        if dtype not in _FLOATS:
-            raise CheckpointError(tensors[name].file, f"is {dtype} and must be one of {', '.join(_FLOATS)}", name)
-        parts = (Part("data", (name,), dtype, shape),)
+        parts = (Part("data", (name,), _float_dtype(_need(tensors, name)), shape),)
     for part in parts:
         for name in part.names:
             _check_tensor(_need(tensors, name), part)
             seen.add(name)
     return Item(layer, entry, format_, parts)
+
+
+def _stack(tensors: Mapping[str, TensorInfo], prefix: str, entry: Entry) -> str | None:
+    """The name of all experts in one tensor [E, N, K], as transformers 5 holds them in memory; None if apart."""
+    together = prefix + entry.name.replace(".{}", "")
+    return next((name for name in (together, f"{together}.weight") if name in tensors), None)
+
+
+def _float_dtype(info: TensorInfo) -> str:
+    if info.dtype not in _FLOATS:
+        raise CheckpointError(info.file, f"is {info.dtype} and must be one of {', '.join(_FLOATS)}", info.name)
+    return info.dtype
 
 
 def _format(checkpoint: Checkpoint, module: str) -> Format:
@@ -272,7 +287,7 @@ def _allocate(
     places: list[tuple[TensorInfo, Tensor]],
 ) -> Tensor:
     """Memory for a part, stacked if it is of experts; notes where each tensor of the checkpoint goes."""
-    stacked = item.entry.kind is Kind.EXPERTS
+    stacked = item.entry.kind is Kind.EXPERTS and len(part.shape) < 3  # else it is one stack already
     shape = (len(part.names), *part.shape) if stacked else part.shape
     tensor = torch.empty(shape, dtype=_DTYPES[part.dtype], device=device)
     for index, name in enumerate(part.names):

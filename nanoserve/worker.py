@@ -272,7 +272,7 @@ class Worker:
         with self._changed:
             while not self._waiting:
                 # An idle thread that is not a daemon would keep a program alive that forgot close().
-                if self._closing or not threading.main_thread().is_alive():
+                if self._closing or _program_ended():
                     return None
                 self._changed.wait(_IDLE_POLL)
             self._running = self._waiting.popleft()
@@ -283,7 +283,7 @@ class Worker:
         assert self._engine is not None
         finish: Finish | None = None
         try:
-            for event in self._engine.generate(job.request, lambda: job.cancelled):
+            for event in self._engine.generate(job.request, lambda: job.cancelled or _program_ended()):
                 if finish is not None:
                     raise EngineError(f"the engine sent {type(event).__name__} after the end")
                 if isinstance(event, Finish):
@@ -345,6 +345,10 @@ class Worker:
     def _retry_after(self) -> int:
         mean = sum(self._durations) / len(self._durations)
         return min(MAX_RETRY_AFTER, max(1, math.ceil(mean * (self.running + self.waiting))))
+
+
+def _program_ended() -> bool:
+    return not threading.main_thread().is_alive()
 
 
 def _numbered(index: int, deliver: Callable[[int, Event], None]) -> Callable[[Event], None]:

@@ -416,3 +416,10 @@ def test_tensors_that_make_no_format(specs: dict[str, Spec]) -> None:
 def test_missing_weight_is_named() -> None:
     with pytest.raises(CheckpointError, match=r"m\.weight: the tensor is missing"):
         stored_format({}, "m")
+
+
+def test_a_file_without_tensors_is_refused(home: Path) -> None:
+    write_safetensors(home / "model.safetensors", {})
+    error = refused(home)
+    assert (error.file, "no tensors" in str(error)) == ("model.safetensors", True)
+    assert refused(home, weights=False).file == "model.safetensors"

@@ -1,14 +1,17 @@
 """The engine's contract: events, limits, isolation, cancellation."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from nanoserve.checkpoint import open_checkpoint
 from nanoserve.config import EngineConfig
 from nanoserve.engine import Engine
-from nanoserve.errors import ContextLengthError, RequestError
+from nanoserve.errors import ContextLengthError, EngineError, RequestError
 from nanoserve.request import Event, Finish, PromptScores, Request, SamplingParams, Token
 from nanoserve.startup import load_engine, prepare
 
@@ -181,3 +184,15 @@ def test_other_dtypes_run(random_checkpoint: Path) -> None:
         own = load_engine(prepare(open_checkpoint(random_checkpoint), options), lambda done, total: None)
         got = events(own, max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=0)
         assert len(got) == 9
+
+
+def test_a_model_that_answers_with_nan_fails(make_checkpoint: Callable[..., Path]) -> None:
+    directory = make_checkpoint(tokenizer=False)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["backbone.layers.0.mixer.A_log"][:] = torch.nan
+    save_file(tensors, directory / "model.safetensors")
+    prepared = prepare(open_checkpoint(directory), EngineConfig(device="cpu", max_context=64))
+    engine = load_engine(prepared, lambda done, total: None)
+    for sampling in (SamplingParams(max_tokens=4), SamplingParams(max_tokens=0, prompt_logprobs=0)):
+        with pytest.raises(EngineError, match="damaged"):
+            list(engine.generate(Request((5, 6), sampling)))

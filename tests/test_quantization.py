@@ -8,6 +8,7 @@ from nanoserve.quantization import Format, Quantization, parse
 
 BF16, FP8, NVFP4 = Format.BF16, Format.FP8, Format.NVFP4
 LAYER = "backbone.layers."
+MODULE = f"{LAYER}0.mixer.in_proj"
 RESIDUE = ".\0backbone.pt_name_sentinel"
 
 
@@ -202,6 +203,15 @@ def test_kv_cache(quantization: dict[str, Any], expected: bool) -> None:
 # Two files
 
 
+def test_a_mixture_may_leave_its_map_to_the_tensors() -> None:
+    stub = {"quantization": {"quant_algo": "MIXED_PRECISION", "exclude_modules": ["lm_head"]}}
+    alone = parse({}, stub)
+    assert (alone.declared, alone.names_modules) == (True, False)
+    assert (alone.format_of(MODULE), alone.format_of("lm_head")) == (None, Format.BF16)
+    whole = parse({"quantization_config": {"quantized_layers": {MODULE: {"quant_algo": "FP8"}}}}, stub)
+    assert (whole.names_modules, whole.format_of(MODULE)) == (True, Format.FP8)
+
+
 def test_files_that_agree() -> None:
     layers = {"lm_head": {"quant_algo": "NVFP4"}}
     quantization = both(
@@ -288,8 +298,6 @@ def test_unsupported(quantization: dict[str, Any], named: str) -> None:
         None,
         [],
         {},
-        {"quant_algo": "MIXED_PRECISION"},
-        {"quant_algo": "MIXED_PRECISION", "exclude_modules": ["lm_head"]},
         {"quantized_layers": []},
         {"quantized_layers": {"lm_head": "FP8"}},
         {"quantized_layers": {"lm_head": {}}},

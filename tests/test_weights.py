@@ -206,3 +206,34 @@ def test_loading_takes_the_weights_and_little_more(make_checkpoint: Make) -> Non
     largest = 65536 * 1024 * 2
     assert weights > 250e6
     assert grown < weights + largest
+
+
+def test_experts_in_one_tensor_are_the_experts_one_by_one(make_checkpoint: Make) -> None:
+    """What saving transformers' state dictionary as it is gives."""
+    first = make_checkpoint("apart", recipe="bf16", tokenizer=False)
+
+    def stack(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if ".experts.0." in name]:
+            parts = [tensors.pop(name.replace(".0.", f".{index}.")) for index in range(16)]
+            tensors[name.replace(".experts.0.", ".experts.").removesuffix(".weight")] = torch.stack(parts)
+
+    second = edited(make_checkpoint("stacked", recipe="bf16", tokenizer=False), stack)
+    prompt, answers = (5, 9, 300), list[list[object]]()
+    for directory in (first, second):
+        prepared = prepare(open_checkpoint(directory), EngineConfig(device="cpu"))
+        engine = load_engine(prepared, lambda done, total: None)
+        answers.append(list(engine.generate(Request(prompt, SamplingParams(max_tokens=8, temperature=0.0)))))
+    assert answers[0] == answers[1]
+
+
+def test_a_mixture_without_its_map_is_read_off_the_tensors(make_checkpoint: Make) -> None:
+    directory = make_checkpoint(recipe="super", tokenizer=False)
+    for file, key in (("hf_quant_config.json", "quantization"), ("config.json", "quantization_config")):
+        data = json.loads((directory / file).read_text())
+        del data[key]["quantized_layers"]
+        (directory / file).write_text(json.dumps(data))
+    load_engine(prepare(open_checkpoint(directory), EngineConfig(device="cpu")), lambda done, total: None)
+    (directory / "model.safetensors").unlink()
+    checkpoint = open_checkpoint(directory, weights=False)
+    with pytest.raises(CheckpointError, match="not which module"):
+        resolve(checkpoint, NemotronHConfig.from_json(checkpoint.config))

@@ -318,3 +318,25 @@ def test_a_program_that_forgets_close_still_ends() -> None:
     here = Path(__file__).parent
     path = {"PYTHONPATH": f"{here}:{here.parent}"}
     subprocess.run([sys.executable, "-c", code], env=path, check=True, timeout=20)
+
+
+def test_a_program_that_ends_amid_an_answer_ends() -> None:
+    script = (
+        "import time\n"
+        "from nanoserve.request import Request, Token\n"
+        "from nanoserve.worker import Worker\n"
+        "class Endless:\n"
+        "    def check(self, request): pass\n"
+        "    def generate(self, request, cancelled):\n"
+        "        from nanoserve.request import Finish\n"
+        "        while not cancelled():\n"
+        "            time.sleep(0.01)\n"
+        "            yield Token(5)\n"
+        "        yield Finish('cancelled')\n"
+        "worker = Worker(Endless, max_queue=1)\n"
+        "worker.wait_ready()\n"
+        "stream = worker.stream(Request((5,)))\n"
+        "next(stream)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
