@@ -1,4 +1,4 @@
-"""``nanoserve run | generate | inspect``: the composition root, which reads like the flow."""
+"""``nanoserve run | generate | inspect | eval``: the composition root, which reads like the flow."""
 
 import argparse
 import io
@@ -27,9 +27,14 @@ from nanoserve.config import (
 )
 from nanoserve.config import build as build_config
 from nanoserve.errors import ConfigError, NanoserveError
+from nanoserve.eval_questions import DEFAULT_COUNT, TaskName
 
 if TYPE_CHECKING:
     from nanoserve.startup import Prepared
+
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a program by default, and so would leave its files behind."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 1 after a `NanoserveError` or a failed write (told on one line), 130 after Ctrl-C.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as by >&-
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # for good
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model writes what a terminal may not be able to show
@@ -63,6 +71,7 @@ def _run(options: argparse.Namespace) -> int:
     """Checkpoint → tokeniser → socket → memory plan → weights (in the worker) → HTTP."""
     from nanoserve import server
     from nanoserve.checkpoint import open_checkpoint
+    from nanoserve.http_guard import check_origins
     from nanoserve.progress import LoadBar
     from nanoserve.request import sampling_defaults
     from nanoserve.startup import load_engine, prepare
@@ -70,9 +79,11 @@ def _run(options: argparse.Namespace) -> int:
     from nanoserve.worker import Worker
 
     engine_options, server_options = _sections(options)
+    check_origins(server_options)
     with ExitStack() as stack:
-        path = stack.enter_context(_model_directory(options.model, signal.SIGTERM, signal.SIGINT))
+        path = stack.enter_context(_model_directory(options.model, *_ENDING, signal.SIGINT))
         checkpoint = open_checkpoint(path)
+        defaults = sampling_defaults(checkpoint.generation_config)
         tokenizer = Tokenizer.load(checkpoint.directory)
         socket = stack.enter_context(server.bind(server_options))
         prepared = prepare(checkpoint, engine_options)
@@ -85,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
             model_name=server_options.served_model_name or checkpoint.name,
             max_context=prepared.memory.max_context,
             vocab_size=prepared.config.vocab_size,
-            sampling_defaults=sampling_defaults(checkpoint.generation_config),
+            sampling_defaults=defaults,
         )
         code = server.serve(server_options, service, socket)
     return server.leave(code, worker)
@@ -162,18 +173,24 @@ def _generate(options: argparse.Namespace) -> int:
     from nanoserve.checkpoint import open_checkpoint
     from nanoserve.local import LocalEngine, Prompt
     from nanoserve.progress import LoadBar
+    from nanoserve.request import SamplingParams
     from nanoserve.startup import prepare
     from nanoserve.tokenizer import Tokenizer
 
     engine_options, _ = _sections(options)
     prompt: Prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
     sampling = {name: getattr(options, name) for name in ("max_tokens", "temperature", "seed")}
+    SamplingParams(**{name: value for name, value in sampling.items() if value is not None})  # faults come early
     with ExitStack() as stack:
-        path = stack.enter_context(_model_directory(options.model, signal.SIGTERM))
+        path = stack.enter_context(_model_directory(options.model, *_ENDING))
         checkpoint = open_checkpoint(path)
         tokenizer = Tokenizer.load(checkpoint.directory)
+        if tokenizer is None:
+            raise ConfigError(
+                f"{path} has no tokenizer.json, and --prompt is text: use the Python API with token ids"
+            )
         prepared = prepare(checkpoint, engine_options)
-        _announce(prepared, tokenizer is not None)
+        _announce(prepared, has_tokenizer=True)
         engine = stack.enter_context(LocalEngine(prepared, tokenizer, LoadBar("weights")))
         if options.json:
             answer = engine.generate(prompt, **sampling)
@@ -197,6 +214,34 @@ def _inspect(options: argparse.Namespace) -> int:
     engine_options, _ = _sections(options)
     report = inspect_checkpoint(open_checkpoint(options.model, weights=False), engine_options)
     print(json.dumps(report.data(), indent=1) if options.json else report.text())
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    """Questions → candidates, one in memory at a time → how many are right, and how the candidates differ."""
+    from nanoserve.eval_local import LocalCandidate, parse_spec
+    from nanoserve.eval_questions import read_suite
+    from nanoserve.eval_server import ServerCandidate
+    from nanoserve.evaluation import KL_QUESTIONS, Candidate, evaluate
+
+    if options.url and options.model:
+        raise ConfigError(f"url is {options.url} and MODEL is {options.model}: give one of them")
+    if options.kl_questions is not None and not options.kl:
+        raise ConfigError(f"kl-questions is {options.kl_questions} and needs --kl")
+    engine_options, server_options = _sections(options)
+    origin = {name: getattr(options, name) for name in ("count", "seed", "length", "data")}
+    suite = read_suite(options.task, **origin)
+    with ExitStack() as stack:
+        path: Path | None = None
+        if options.url:
+            first: Candidate = ServerCandidate(options.url, server_options.api_key)
+        else:
+            path = Path(stack.enter_context(_model_directory(options.model, *_ENDING)))
+            first = LocalCandidate(path.resolve().name, path, engine_options, _announce)
+        others = [parse_spec(spec, path, engine_options, _announce) for spec in options.against or ()]
+        given = KL_QUESTIONS if options.kl_questions is None else options.kl_questions
+        report = evaluate(suite, [first, *others], kl_questions=given if options.kl else None)
+    print(json.dumps(report.data(), ensure_ascii=False) if options.json else report.text())
     return 0
 
 
@@ -237,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="nanoserve", description="One Nemotron-H model, one GPU, one stream of tokens."
     )
     parser.add_argument("--version", action="version", version=f"nanoserve {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="run | generate | inspect")
+    commands = parser.add_subparsers(required=True, metavar="run | generate | inspect | eval")
 
     run = commands.add_parser("run", help="serve a checkpoint over HTTP")
     _model(run, "?", "checkpoint directory; without it, a small random model is written and served")
@@ -269,7 +314,40 @@ def _parser() -> argparse.ArgumentParser:
     _engine_options(inspect)
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(command=_inspect)
+
+    _eval_options(commands.add_parser("eval", help="how many questions a model answers rightly, side by side"))
     return parser
+
+
+def _eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", metavar="TASK", choices=get_args(TaskName), help=" | ".join(get_args(TaskName)))
+    _model(parser, "?", "checkpoint directory; without it, as for `run`")
+    _engine_options(parser)
+    parser.add_argument(
+        "--count", type=int, help=f"questions to ask (default {DEFAULT_COUNT}; gsm8k: all of the file)"
+    )
+    parser.add_argument("--seed", type=int, help="of the problems (default: the held-out one)")
+    parser.add_argument("--length", type=int, metavar="TOKENS", help="recall: tokens of the text")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="gsm8k: the public test file, JSON lines")
+    parser.add_argument(
+        "--against",
+        action="append",
+        metavar="SPEC",
+        help="another candidate, by what differs: model=DIR,device=…,dtype=…,kv-dtype=…,op:NAME=BACKEND "
+        "(any of them; repeatable)",
+    )
+    parser.add_argument("--kl", action="store_true", help="compare next-token distributions and perplexity too")
+    parser.add_argument(
+        "--kl-questions",
+        type=int,
+        metavar="N",
+        help="questions to compare distributions on (default 50), up to 1 GiB of them: 2,048 tokens at a "
+        "vocabulary of 131,072",
+    )
+    parser.add_argument("--url", help="ask a running server instead of MODEL, such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--api-key-file", type=Path, help="file with the server's API key (or NANOSERVE_API_KEY)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.set_defaults(command=_eval)
 
 
 def _model(parser: argparse.ArgumentParser, count: str | None, text: str) -> None:

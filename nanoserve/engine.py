@@ -10,14 +10,31 @@ import torch
 from torch import Tensor
 
 from nanoserve.cache import Cache, Sequence
-from nanoserve.errors import ContextLengthError, RequestError
+from nanoserve.errors import ContextLengthError, EngineError, RequestError
 from nanoserve.kernels.sample import SamplerState
 from nanoserve.models.nemotron_h import NemotronH
 from nanoserve.request import Event, Finish, PromptScores, Request, SamplingParams, Token, TokenScore
 from nanoserve.sampler import SCORE_ROWS, begin_sampling, token_scores
-from nanoserve.step import DecodeBuffers, begin_decode, decode, prefill
+from nanoserve.step import NOT_FINITE, DecodeBuffers, begin_decode, decode, prefill
 
 Cancelled = Callable[[], bool]
+
+_DAMAGED = "the logits are not finite: a weight of the checkpoint is damaged; download it again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForcedRequest(Request):
+    """An answer that was given before, run again: not what comes next is asked, but how likely everything was.
+
+    ``prompt`` holds prompt and answer, and ``sampling`` must be of 0 tokens.
+
+    Attributes:
+        given: how many ids stand before the answer, in [1, len(prompt) - 1].
+        deliver: gets ln p of the vocabulary, float32 [V], for each id of the answer, on the engine's thread.
+    """
+
+    given: int
+    deliver: Callable[[Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +97,12 @@ class Engine:
 
         Raises:
             RequestError: see `check`.
+            EngineError: the model answers with NaN or infinity.
         """
         self.check(request)
+        if isinstance(request, ForcedRequest):
+            yield from self._force(request, cancelled)
+            return
         params = request.sampling
         room = self.max_context - len(request.prompt)
         budget = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -120,6 +141,8 @@ class Engine:
         begin_decode(self.model, sequence, hidden, self.buffers, self.sampler)
         for count in range(1, budget + 1):
             token = int(self.buffers.ids)
+            if token == NOT_FINITE:
+                raise EngineError(_DAMAGED)
             yield Token(token, self._token_score(token, params.logprobs))
             if token in ends:
                 yield Finish("stop")
@@ -130,6 +153,29 @@ class Engine:
                 yield Finish("cancelled")
                 return
             decode(self.model, self.cache, sequence, self.buffers, self.sampler)
+        yield Finish("length")
+
+    def _force(self, request: ForcedRequest, cancelled: Cancelled) -> Generator[Event]:
+        """As an answer is made, prefill and then decode steps, but every step is told its token."""
+        ids = torch.tensor(request.prompt, dtype=torch.int64, device=self.device)
+        prompt, answer = ids[: request.given], ids[request.given :]
+        with self.cache.sequence(len(ids)) as sequence:
+            hidden = prompt
+            for chunk in prompt.split(self.prefill_chunk):
+                if cancelled():
+                    yield Finish("cancelled")
+                    return
+                hidden = prefill(self.model, self.cache, sequence, chunk)
+            begin_sampling(self.sampler, request.sampling, prompt, ())
+            begin_decode(self.model, sequence, hidden[-1:], self.buffers, self.sampler)
+            request.deliver(self.buffers.logits.log_softmax(dim=-1))
+            for token in answer[:-1]:
+                if cancelled():
+                    yield Finish("cancelled")
+                    return
+                self.buffers.ids.fill_(token)
+                decode(self.model, self.cache, sequence, self.buffers, self.sampler)
+                request.deliver(self.buffers.logits.log_softmax(dim=-1))
         yield Finish("length")
 
     def _token_score(self, token: int, alternatives: int | None) -> TokenScore | None:
@@ -143,5 +189,8 @@ class Engine:
         scores: list[TokenScore] = []
         for rows, ids in zip(hidden[: len(following)].split(SCORE_ROWS), following.split(SCORE_ROWS), strict=True):
             if len(ids):
-                scores += token_scores(self.model.logits(rows), ids, alternatives)
+                logits = self.model.logits(rows)
+                if not bool(logits.isfinite().all()):
+                    raise EngineError(_DAMAGED)
+                scores += token_scores(logits, ids, alternatives)
         return scores

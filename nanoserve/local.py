@@ -8,9 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+
 from nanoserve.checkpoint import open_checkpoint
 from nanoserve.choice import Choice, Piece
 from nanoserve.config import EngineConfig, build
+from nanoserve.engine import ForcedRequest
 from nanoserve.errors import EngineError, RequestError
 from nanoserve.request import (
     FinishReason,
@@ -154,6 +158,39 @@ class LocalEngine:
             if piece.scores:
                 return [score.logprob for score in piece.scores.scores if score is not None]
         raise EngineError("the engine ended without scores")
+
+    def logprobs(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
+        """Ln p of the whole vocabulary at each token of an answer that is given.
+
+        Computed as the answer would be, the prompt by prefill and then a decode step a token; 4 bytes a token
+        and entry of the vocabulary.
+
+        Args:
+            prompt_ids: what stands before, at least one id.
+            answer_ids: the answer, at least one id.
+
+        Returns:
+            float32 [len(answer_ids), V] on the CPU; row i is given the prompt and the answer's first i tokens.
+
+        Raises:
+            RequestError: an empty list, an id outside the vocabulary, or more tokens than the context holds.
+        """
+        lists: list[list[int]] = []
+        for name, given in (("prompt_ids", prompt_ids), ("answer_ids", answer_ids)):
+            wrong = RequestError(f"{name} must be a list of at least one token id", param=name)
+            lists.append(_token_ids(given, wrong))
+            if not lists[-1]:
+                raise wrong
+        rows: list[Tensor] = []
+        request = ForcedRequest(
+            (*lists[0], *lists[1]),
+            SamplingParams(max_tokens=0, temperature=0.0),
+            given=len(lists[0]),
+            deliver=lambda row: rows.append(row.cpu()),
+        )
+        for _ in self._pieces(request):
+            pass
+        return torch.stack(rows)
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
         fields = SamplingParams.__dataclass_fields__

@@ -80,6 +80,10 @@ def spoil(directory: Path, how: str) -> None:
             (directory / "model.safetensors.index.json").write_text(json.dumps(index))
         case "tokenizer not JSON":
             (directory / "tokenizer.json").write_text("[")
+        case "no tensors":
+            weights.write_bytes((2).to_bytes(8, "little") + b"{}")
+        case "template too deep":
+            (directory / "chat_template.jinja").write_text("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}")
         case "template syntax":
             (directory / "chat_template.jinja").write_text("{% for %}")
         case _:
@@ -100,6 +104,8 @@ def spoil(directory: Path, how: str) -> None:
         ("index outside", "../model.safetensors"),
         ("tokenizer not JSON", "tokenizer.json"),
         ("template syntax", "chat_template.jinja"),
+        ("template too deep", "chat_template.jinja"),
+        ("no tensors", "model.safetensors"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "generate"])
@@ -212,3 +218,27 @@ def test_output_that_cannot_be_written_is_no_traceback(
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
     assert words in done.stderr
+
+
+def test_closed_output_is_no_traceback(random_checkpoint: Path) -> None:
+    command = f"{sys.executable} -m nanoserve inspect {random_checkpoint} >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_cannot_be_generated_is_refused_before_weights_are_read(
+    capsys: pytest.CaptureFixture[str], make_checkpoint: Make
+) -> None:
+    bare, whole = make_checkpoint("bare", tokenizer=False), make_checkpoint("whole")
+    for arguments in ([bare, "--prompt", "x"], [whole, "--prompt", "x", "--temperature", "-1"]):
+        assert main(["generate", *map(str, arguments), "--device", "cpu"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("nanoserve: error: ")
+        assert "weights" not in error
+
+
+def test_a_wildcard_origin_is_refused_before_weights_are_read(
+    capsys: pytest.CaptureFixture[str], random_checkpoint: Path
+) -> None:
+    assert main(["run", str(random_checkpoint), "--device", "cpu", "--port", "0", "--cors-origin", "*"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

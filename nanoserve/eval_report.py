@@ -1,0 +1,217 @@
+"""What an evaluation found: its numbers, as JSON and as a table, and the progress bar on the way there."""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from nanoserve import __version__
+from nanoserve.eval_questions import Suite
+from nanoserve.eval_stats import mcnemar_exact, wilson
+
+METHOD: Mapping[str, str] = {
+    "decoding": "greedy, one question at a time",
+    "accuracy_95": "Wilson score interval",
+    "mcnemar_p": "exact, two-sided, on the same questions",
+    "tokens_per_second": "generated tokens over the seconds of all answers, reading the prompts included",
+    "kl": "KL(first || other) in nats, of next-token distributions at the first candidate's generated tokens, "
+    "which both are told: the prompt by prefill, then a decode step a token",
+    "perplexity": "of the first candidate's generated tokens, at the same positions",
+}
+
+_LINE_EVERY = 5.0
+_BAR_EVERY = 0.1
+_WIDTH = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One candidate's results.
+
+    Attributes:
+        label: its name in the report.
+        facts: what ran.
+        right: by question.
+        tokens: generated in all.
+        seconds: of all answers; loading is not in it.
+        perplexity: see `METHOD`; None when not asked for.
+    """
+
+    label: str
+    facts: Mapping[str, Any]
+    right: tuple[bool, ...]
+    tokens: int
+    seconds: float
+    perplexity: float | None = None
+
+    @property
+    def correct(self) -> int:
+        """Right answers."""
+        return sum(self.right)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.correct / len(self.right)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Generated tokens an answer."""
+        return self.tokens / len(self.right)
+
+    @property
+    def speed(self) -> float:
+        """Generated tokens a second."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def data(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "label": self.label,
+            **self.facts,
+            "correct": self.correct,
+            "total": len(self.right),
+            "accuracy": self.accuracy,
+            "accuracy_95": list(wilson(self.correct, len(self.right))),
+            "mean_tokens": self.mean_tokens,
+            "tokens_per_second": self.speed,
+            "seconds": self.seconds,
+            **({} if self.perplexity is None else {"perplexity": self.perplexity}),
+        }
+
+    def cells(self) -> list[str]:
+        """The line of the table."""
+        low, high = wilson(self.correct, len(self.right))
+        cells = [
+            self.label,
+            f"{self.correct:,} of {len(self.right):,}",
+            f"{self.accuracy:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            f"{self.mean_tokens:.1f}",
+            f"{self.speed:.1f}",
+            f"{self.seconds:.1f}",
+        ]
+        return cells if self.perplexity is None else [*cells, f"{self.perplexity:.4f}"]
+
+
+_HEADS = ("", "right", "accuracy", "95 % interval", "tokens", "tok/s", "seconds", "perplexity")
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far a candidate's distributions are from the first's, in nats."""
+
+    mean: float
+    p999: float
+    positions: int
+    questions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A candidate against the first, pair by pair."""
+
+    first: Row
+    second: Row
+    drift: Drift | None
+
+    def pairs(self) -> dict[str, int]:
+        """Questions by who was right."""
+        pairs = list(zip(self.first.right, self.second.right, strict=True))
+        return {
+            "both_right": pairs.count((True, True)),
+            "only_first": pairs.count((True, False)),
+            "only_second": pairs.count((False, True)),
+            "both_wrong": pairs.count((False, False)),
+        }
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's exact p."""
+        pairs = self.pairs()
+        return mcnemar_exact(pairs["only_first"], pairs["only_second"])
+
+    @property
+    def points(self) -> float:
+        """Difference of the accuracies, in percentage points; positive when the second is better."""
+        return 100 * (self.second.correct - self.first.correct) / len(self.first.right)
+
+    def data(self) -> dict[str, Any]:
+        """As JSON."""
+        out: dict[str, Any] = {"first": self.first.label, "second": self.second.label, **self.pairs()}
+        out |= {"difference_points": self.points, "mcnemar_p": self.p_value}
+        if d := self.drift:
+            out["kl"] = {"mean": d.mean, "p99.9": d.p999, "positions": d.positions, "questions": d.questions}
+        return out
+
+    def lines(self) -> list[str]:
+        """As text."""
+        n = self.pairs()
+        lines = [
+            f"{self.second.label} against {self.first.label}, on the same questions",
+            f"  accuracy    {self.points:+.1f} points, McNemar p = {self.p_value:.3g}",
+            f"  right       both {n['both_right']:,}, only the first {n['only_first']:,}, "
+            f"only the second {n['only_second']:,}, neither {n['both_wrong']:,}",
+        ]
+        if d := self.drift:
+            over = f"{d.positions:,} positions of {d.questions:,} questions"
+            lines.append(f"  KL          mean {d.mean:.3g}, 99.9 % {d.p999:.3g} nats, over {over}")
+        return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All of a run."""
+
+    suite: Suite
+    rows: tuple[Row, ...]
+    comparisons: tuple[Comparison, ...]
+
+    def data(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "task": self.suite.task,
+            "count": len(self.suite.questions),
+            **self.suite.origin,
+            "method": {"questions": self.suite.method, **METHOD},
+            "version": __version__,
+            "candidates": [row.data() for row in self.rows],
+            "comparisons": [comparison.data() for comparison in self.comparisons],
+        }
+
+    def text(self) -> str:
+        """As a table for a terminal."""
+        origin = "".join(f", {name} {value}" for name, value in self.suite.origin.items())
+        table = [row.cells() for row in self.rows]
+        table.insert(0, list(_HEADS[: len(table[0])]))
+        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+        lines = [f"{self.suite.task}: {len(self.suite.questions):,} questions{origin}, greedy", ""]
+        for first, *others in table:
+            cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
+            lines.append("  ".join(cells))
+        for comparison in self.comparisons:
+            lines += ["", *comparison.lines()]
+        return "\n".join(lines)
+
+
+class QuestionBar:
+    """Progress over questions, on stderr: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, label: str, stream: TextIO | None = None) -> None:
+        self._label = label
+        self._stream = sys.stderr if stream is None else stream
+        self._shown = time.perf_counter()
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Show the state, if it is time to; the last call (done == total) always shows."""
+        now, last, on_terminal = time.perf_counter(), done >= total, self._stream.isatty()
+        if not last and now - self._shown < (_BAR_EVERY if on_terminal else _LINE_EVERY):
+            return
+        self._shown = now
+        text = f"{self._label} {done / total:4.0%}  {done:,} of {total:,} questions  {note}".rstrip()
+        if on_terminal:
+            filled = done * _WIDTH // total
+            text = "\r" + "█" * filled + "░" * (_WIDTH - filled) + f" {text}"
+        self._stream.write(text + "\n" * (last or not on_terminal))
+        self._stream.flush()

@@ -1,0 +1,170 @@
+"""``nanoserve eval``: the same questions to one candidate after another, one engine in memory at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nanoserve.errors import ConfigError
+from nanoserve.eval_local import Answer, LocalCandidate, LocalRunner, encode
+from nanoserve.eval_questions import Suite
+from nanoserve.eval_report import Comparison, Drift, QuestionBar, Report, Row
+from nanoserve.eval_server import ServerCandidate, ServerRunner
+from nanoserve.eval_stats import percentile, perplexity
+from nanoserve.local import LocalEngine
+
+KL_QUESTIONS = 50
+"""Questions whose distributions are compared, unless told otherwise."""
+KL_BYTES = 1 << 30
+"""The first candidate's distributions are kept in memory up to this; they are 4 bytes a token and entry."""
+
+Candidate = LocalCandidate | ServerCandidate
+
+
+def evaluate(suite: Suite, candidates: Sequence[Candidate], *, kl_questions: int | None = None) -> Report:
+    """Ask every candidate every question.
+
+    Args:
+        suite: the questions.
+        candidates: the first is what the others are compared with.
+        kl_questions: compare the distributions on so many questions, within `KL_BYTES`; None does not.
+
+    Raises:
+        NanoserveError: a candidate cannot run, or cannot be compared; most of it before the first question.
+    """
+    vocab_size = _check(suite, candidates, kl_questions)
+    first, *others = candidates
+    reference: Reference | None = None
+    with first.open() as runner:
+        row, answers = _ask(first.label, runner, suite)
+        if kl_questions is not None:
+            assert isinstance(runner, LocalRunner)
+            reference = Reference.take(runner.engine, answers[:kl_questions], KL_BYTES // (4 * vocab_size))
+            row = replace(row, perplexity=perplexity(reference.own_logprobs()))
+    rows, comparisons = [row], list[Comparison]()
+    for candidate in others:
+        with candidate.open() as runner:
+            other, _ = _ask(candidate.label, runner, suite)
+            drift = None
+            if reference is not None:
+                assert isinstance(runner, LocalRunner)
+                drift, logprobs = reference.compare(runner.engine)
+                other = replace(other, perplexity=perplexity(logprobs))
+        rows.append(other)
+        comparisons.append(Comparison(row, other, drift))
+    return Report(suite, tuple(rows), tuple(comparisons))
+
+
+def _check(suite: Suite, candidates: Sequence[Candidate], kl_questions: int | None) -> int:
+    """Find what cannot run before anything does.
+
+    Returns:
+        The size of the vocabulary that distributions are compared over; 0 when they are not.
+    """
+    if kl_questions is not None and kl_questions < 1:
+        raise ConfigError(f"kl-questions is {kl_questions} and must be at least 1")
+    checked = [(c.label, *c.check()) for c in candidates if isinstance(c, LocalCandidate)]
+    if kl_questions is None:
+        return 0
+    if len(checked) < len(candidates):
+        raise ConfigError("kl needs the distributions, which a server does not tell: leave out --url or --kl")
+    (name, tokenizer, vocab_size), *others = checked
+    asked = suite.questions[:kl_questions]
+    wanted = [encode(tokenizer, question) for question in asked]
+    for label, other, size in others:
+        if size != vocab_size or [encode(other, question) for question in asked] != wanted:
+            raise ConfigError(
+                f"kl compares distributions over one vocabulary, and {label} has another than {name}: "
+                "leave out --kl"
+            )
+    return vocab_size
+
+
+def _ask(label: str, runner: LocalRunner | ServerRunner, suite: Suite) -> tuple[Row, list[Answer]]:
+    """All questions, with a bar."""
+    bar, total = QuestionBar(label), len(suite.questions)
+    answers: list[Answer] = []
+    right: list[bool] = []
+    for question in suite.questions:
+        answer = runner.answer(question)
+        answers.append(answer)
+        right.append(question.is_right(answer.text))
+        bar(len(right), total, f"{sum(right) / len(right):6.1%} right")
+    tokens, seconds = sum(a.tokens for a in answers), sum(a.seconds for a in answers)
+    return Row(label, runner.facts(), tuple(right), tokens, seconds), answers
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The first candidate's distributions at the tokens it generated.
+
+    Attributes:
+        items: (prompt ids, answer ids, ln p float32 [len(answer ids), V]) of each question.
+    """
+
+    items: tuple[tuple[tuple[int, ...], tuple[int, ...], Tensor], ...]
+
+    @classmethod
+    def take(cls, engine: LocalEngine, answers: Sequence[Answer], most: int) -> "Reference":
+        """Run the answers again.
+
+        Args:
+            engine: that gave them.
+            answers: with their ids.
+            most: positions to keep; what is beyond is left out.
+        """
+        items: list[tuple[tuple[int, ...], tuple[int, ...], Tensor]] = []
+        bar = QuestionBar("distributions")
+        for count, answer in enumerate(answers, 1):
+            ids = answer.ids[:most]
+            most -= len(ids)
+            if ids:
+                items.append((answer.prompt_ids, ids, engine.logprobs(answer.prompt_ids, ids)))
+            bar(count, len(answers))
+        return cls(tuple(items))
+
+    def own_logprobs(self) -> list[float]:
+        """Ln p of the generated tokens."""
+        return [value for _, ids, logprobs in self.items for value in _chosen(logprobs, ids)]
+
+    def compare(self, engine: LocalEngine) -> tuple[Drift, list[float]]:
+        """Tell another candidate the same tokens.
+
+        Returns:
+            How far its distributions are from these, and its ln p of the tokens.
+        """
+        divergences: list[float] = []
+        chosen: list[float] = []
+        bar = QuestionBar("distributions")
+        for count, (prompt_ids, ids, own) in enumerate(self.items, 1):
+            other = engine.logprobs(prompt_ids, ids)
+            divergences += kl_divergence(own, other).tolist()
+            chosen += _chosen(other, ids)
+            bar(count, len(self.items))
+        mean = sum(divergences) / len(divergences)
+        return Drift(mean, percentile(divergences, 99.9), len(divergences), len(self.items)), chosen
+
+
+def _chosen(logprobs: Tensor, ids: tuple[int, ...]) -> list[float]:
+    return logprobs.gather(1, torch.tensor(ids).unsqueeze(1)).squeeze(1).tolist()
+
+
+def kl_divergence(first: Tensor, second: Tensor) -> Tensor:
+    """KL(first || second) of distributions given as ln p.
+
+    Args:
+        first: [T, V].
+        second: [T, V].
+
+    Returns:
+        Nats, float64 [T].
+    """
+    # float32 logarithms do not sum to 1 exactly, which would show as a divergence of its own, even below 0.
+    rows = zip(first.split(64), second.split(64), strict=True)
+    return torch.cat([_kl(p.double().log_softmax(-1), q.double().log_softmax(-1)) for p, q in rows])
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
