@@ -64,14 +64,15 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales = (amax / _MAX_CODE / global_scale).clamp(max=_MAX_SCALE).to(torch.float8_e4m3fn)
     scales = torch.where(scales.float() == 0, torch.ones_like(scales), scales)
     scaled = blocks / (scales.float().unsqueeze(-1) * global_scale)
-    codes = _nearest_code(scaled).view(rows, width // 2, 2)
+    codes = nearest_code(scaled).view(rows, width // 2, 2)
     return codes[..., 0] | (codes[..., 1] << 4), scales, global_scale
 
 
-def _nearest_code(values: Tensor) -> Tensor:
+def nearest_code(values: Tensor) -> Tensor:
+    """The code (uint8) of the E2M1 value nearest to each of ``values``, any shape; ties go to the even code."""
     bounds = torch.tensor(_MIDPOINTS, device=values.device)
     magnitude = values.abs()
-    # A tie goes to the even code: up at 0.75, 1.75 and 3.5 (odd lower code), down at the others.
+    # Even is up at 0.75, 1.75 and 3.5 (odd lower code), down at the others.
     below = torch.bucketize(magnitude, bounds)
     odd_below = (magnitude == bounds[below.clamp(max=6)]) & (below % 2 == 1)
     code = (below + odd_below.int()).to(torch.uint8)

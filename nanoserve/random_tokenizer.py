@@ -4,7 +4,7 @@ import itertools
 import json
 import string
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ _NAMED = {
 }
 """Ids as in the released checkpoints where they are known; the tools' are ours."""
 
-_CONTROLS = [_NAMED.get(id, f"<SPECIAL_{id}>") for id in range(20)]
+CONTROLS = [_NAMED.get(id, f"<SPECIAL_{id}>") for id in range(20)]
+"""The control tokens of every vocabulary that we make, ids 0 to 19."""
 _SPACE = "Ġ"  # the byte symbol of the space
 _SAMPLE = """
 the river runs past the old mill and under the stone bridge where children wait for the morning boat it was
@@ -56,8 +57,24 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
     """
     if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
         raise ConfigError(f"vocab_size is {vocab_size} and must be in [{MIN_VOCAB}, {MAX_VOCAB}]")
+    vocab, merges = _made_up_vocabulary(vocab_size)
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    write_tokenizer_files(directory, vocab, merges, split)
+
+
+def write_tokenizer_files(
+    directory: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], split: Mapping[str, Any]
+) -> None:
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja of a byte-level BPE vocabulary.
+
+    Args:
+        directory: exists.
+        vocab: token → id; `CONTROLS` first.
+        merges: best first.
+        split: the pre-tokeniser, as tokenizer.json has it.
+    """
     template = Path(__file__).parent / "data" / "chat_template.jinja"
-    _write_json(directory / "tokenizer.json", _spec(vocab_size))
+    _write_json(directory / "tokenizer.json", _spec(vocab, merges, split))
     _write_json(directory / "tokenizer_config.json", _config())
     (directory / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
 
@@ -79,8 +96,8 @@ def _config() -> dict[str, Any]:
     }
 
 
-def _spec(vocab_size: int) -> dict[str, Any]:
-    vocab = {text: id for id, text in enumerate([*_CONTROLS, *byte_symbols()])}
+def _made_up_vocabulary(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    vocab = {text: id for id, text in enumerate([*CONTROLS, *byte_symbols()])}
     merges: list[tuple[str, str]] = []
     for left, right in itertools.chain(_trained_merges(), _letter_merges()):
         if len(vocab) == vocab_size:
@@ -88,18 +105,17 @@ def _spec(vocab_size: int) -> dict[str, Any]:
         if left + right not in vocab:
             vocab[left + right] = len(vocab)
             merges.append((left, right))
+    return vocab, merges
+
+
+def _spec(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], split: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(id, text) for id, text in enumerate(_CONTROLS)],
+        "added_tokens": [_added(id, text) for id, text in enumerate(CONTROLS)],
         "normalizer": None,
-        "pre_tokenizer": {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            "use_regex": True,
-        },
+        "pre_tokenizer": split,
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {

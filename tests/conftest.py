@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny matrices: a second thread only waits, for long on a busy machine
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are of the CPU, whatever the machine has
 
 HERE = Path(__file__).parent

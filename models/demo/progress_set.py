@@ -1,0 +1,72 @@
+"""How far a training run is: held-out conversations that the model would write without one wrong token."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+
+from nanoserve.models.demo import arithmetic, conversation, recall, structured, tools
+from nanoserve.models.demo.corpus import Document, document, pack
+from nanoserve.models.demo.examples import Example
+from nanoserve.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressSet:
+    """Batches of held-out conversations, each with a row of document numbers, and every number's task."""
+
+    batches: list[dict[str, Tensor]]
+    names: list[str]
+
+    @classmethod
+    def make(cls, tokenizer_directory: Path, batch: int, count: int) -> "ProgressSet":
+        """``count`` conversations a task (fewer of the long ones), packed into batches of ``batch`` rows."""
+        tokenizer = Tokenizer.load(tokenizer_directory)
+        assert tokenizer is not None
+        rng = Random("progress")
+        makers: dict[str, tuple[Callable[[Random], Example], int]] = {
+            "arithmetic": (arithmetic.example, count),
+            "tools": (tools.example, count),
+            "json": (structured.example, count),
+            "earlier": (recall.earlier_turn, count),
+            "recall_1k": (lambda r: recall.long_text(r, 1000), count // 3),
+            "recall_4k": (lambda r: recall.long_text(r, 4096), count // 5),
+            "recall_8k": (lambda r: recall.long_text(r, 8192), count // 8),
+            "talk": (conversation.example, count),
+        }
+        found: list[tuple[str, Document]] = []
+        for name, (make, wanted) in makers.items():
+            while sum(1 for other, _ in found if other == name) < wanted:
+                example = make(rng)
+                if example.held_out or name in ("talk", "earlier"):
+                    found.append((name, document(tokenizer, example)))
+        return cls(pack([one for _, one in found], batch), [name for name, _ in found])
+
+
+@torch.no_grad()
+def measure(network: torch.nn.Module, held_out: ProgressSet, device: torch.device) -> dict[str, float]:
+    """Per task the share of conversations whose every written token is the model's first choice.
+
+    Also ``draft_agreement``: how often the draft's first choice is the trunk's, two tokens on, on written text.
+    """
+    right: dict[str, list[bool]] = {}
+    agreed = drafts = 0
+    for batch in held_out.batches:
+        moved = {key: value.to(device) for key, value in batch.items()}
+        with torch.enable_grad():  # the same compiled graph as in training
+            logits, drafted = network(moved["ids"], moved["place"])
+        chosen, draft = logits.argmax(dim=-1), drafted.argmax(dim=-1)
+        del logits, drafted
+        written = moved["weights"][:, 1:] == 1
+        wrong = (chosen[:, :-1] != moved["ids"][:, 1:]) & written
+        failed = set(moved["document"][:, 1:][wrong].tolist())
+        for number in set(moved["document"].flatten().tolist()) - {-1}:
+            right.setdefault(held_out.names[number], []).append(number not in failed)
+        later = (moved["weights"][:, 2:] == 1) & (moved["place"][:, 2:] >= 2)
+        agreed += int(((draft[:, :-2] == chosen[:, 1:-1]) & later).sum())
+        drafts += int(later.sum())
+    shares = {name: round(sum(marks) / len(marks), 4) for name, marks in right.items()}
+    return {**shares, "draft_agreement": round(agreed / max(drafts, 1), 4)}
