@@ -25,7 +25,7 @@ FLOORS = (
     {"startup", "inspection"},
     {"tokenizer", "template", "messages", "text", "choice", "worker", "random_tokenizer", "random_checkpoint"},
     {"models.demo"},
-    {"protocol", "parameters", "logprobs", "metrics", "local", "gsm8k", "eval_questions"},
+    {"protocol", "parameters", "logprobs", "metrics", "local", "gsm8k", "eval_questions", "arguments", "parsing"},
     {"http_guard", "http_timeouts", "answers", "chat", "completions"},
     {"eval_local", "eval_server", "eval_report", "evaluation"},
     {"routes"},
