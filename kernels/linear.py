@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nanoserve.kernels import nvfp4
+from nanoserve.kernels.fp8 import widen
 
 TILE_BYTES = 32 << 20
 """The reference expands this many float32 bytes of a weight at a time."""
@@ -35,7 +36,7 @@ class Fp8:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows as float32 [stop - start, K]."""
-        return self.data[start:stop].float() * self.scale
+        return widen(self.data[start:stop]) * self.scale
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ router choices flip.
 import torch
 from torch import Tensor
 
+from nanoserve.kernels.fp8 import widen
+
 GROUP = 16
 """Consecutive k that share one block scale."""
 
@@ -47,9 +49,10 @@ def unpack(packed: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
         float32 [N, K].
     """
     rows = packed.shape[0]
-    values = byte_pairs(packed.device)[packed.int()].view(torch.float32).view(rows, -1, GROUP)
+    pairs = byte_pairs(packed.device).index_select(0, packed.reshape(-1).int())
+    values = pairs.view(torch.float32).view(rows, -1, GROUP)
     # code * scale is exact in float32, so the one rounding is the global scale's.
-    return (values * scales.float().unsqueeze(-1) * global_scale).view(rows, -1)
+    return (values * widen(scales).unsqueeze(-1) * global_scale).view(rows, -1)
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

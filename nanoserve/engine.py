@@ -13,7 +13,7 @@ from nanoserve.cache import Cache, Sequence
 from nanoserve.errors import ContextLengthError, EngineError, RequestError
 from nanoserve.kernels.sample import SamplerState
 from nanoserve.models.nemotron_h import NemotronH
-from nanoserve.request import Event, Finish, PromptScores, Request, SamplingParams, Token, TokenScore
+from nanoserve.request import Event, Finish, PromptScores, Request, SamplingParams, Token, TokenScore, brief
 from nanoserve.sampler import SCORE_ROWS, begin_sampling, token_scores
 from nanoserve.step import NOT_FINITE, DecodeBuffers, begin_decode, decode, prefill
 
@@ -86,7 +86,9 @@ class Engine:
         for name, ids in fields.items():
             if ids and (min(ids) < 0 or max(ids) >= vocab):
                 wrong = min(ids) if min(ids) < 0 else max(ids)
-                raise RequestError(f"{name} has token id {wrong} and the vocabulary is [0, {vocab})", param=name)
+                raise RequestError(
+                    f"{name} has token id {brief(wrong)} and the vocabulary is [0, {vocab})", param=name
+                )
 
     def generate(self, request: Request, cancelled: Cancelled = lambda: False) -> Generator[Event]:
         """Run a request: prompt scores if asked for, then tokens, then one `Finish`.

@@ -12,9 +12,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 from nanoserve.errors import RequestError
+from nanoserve.request import brief, clip
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """Roles of the wire and what the template calls them."""
+
+# What a message may hold, by the template's role. The template gets a name; Lightning's does not read it.
+_COMMON_KEYS = frozenset({"role", "content", "name"})
+_KEYS = {
+    "system": _COMMON_KEYS,
+    "user": _COMMON_KEYS,
+    "assistant": _COMMON_KEYS | {"tool_calls", "reasoning_content", "reasoning", "annotations"},
+    "tool": _COMMON_KEYS | {"tool_call_id"},
+}
+_STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning")
 
 LIVE_TEXTS = frozenset(
     {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"}
@@ -44,7 +55,8 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     objects, ``developer`` is ``system``, and ``reasoning`` is ``reasoning_content``.
 
     Raises:
-        RequestError: a message is malformed; ``param`` is its path, such as ``messages[2].role``.
+        RequestError: a message is malformed, or has a field that would be dropped; ``param`` is the path,
+            such as ``messages[2].role``.
     """
     if not messages:
         raise RequestError("messages is empty: send at least one message", param="messages")
@@ -57,24 +69,54 @@ def _message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or role not in ROLES:
         _refuse(f"{where}.role", role, f"one of {', '.join(ROLES)}")
     given["role"] = ROLES[role]
-    if "reasoning" in given:
-        given.setdefault("reasoning_content", given.pop("reasoning"))
-    reasoning = given.get("reasoning_content", "")
-    if not isinstance(reasoning, str):
-        _refuse(f"{where}.reasoning_content", reasoning, "a string")
+    _check_keys(given, where)
+    if "annotations" in given:  # citations that an answer came with; they are no part of a prompt
+        _list(given.pop("annotations"), f"{where}.annotations")
+    _merge_reasoning(given, where)
     if "tool_calls" in given:
         calls = _list(given["tool_calls"], f"{where}.tool_calls")
         given["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    may_lack = role == "assistant" and ("tool_calls" in given or "reasoning_content" in given)
-    if "content" not in given and not may_lack:
-        _refuse(f"{where}.content", None, "a string or a list of text parts")
-    given["content"] = _content(given.get("content", ""), f"{where}.content")
+    given["content"] = _content(given, f"{where}.content")
     return given
 
 
-def _content(content: object, where: str) -> str:
+def _check_keys(given: Mapping[str, Any], where: str) -> None:
+    role = given["role"]
+    for key in given:
+        if key not in _KEYS[role]:
+            path = f"{where}.{clip(str(key))}"
+            message = f"{path} is not supported in a message of role {role}: leave it out"
+            raise RequestError(message, param=path, code="unsupported_parameter")
+    for key in _STRINGS:
+        if not isinstance(given.get(key, ""), str):
+            _refuse(f"{where}.{key}", given[key], "a string")
+
+
+def _merge_reasoning(given: dict[str, Any], where: str) -> None:
+    """Both of its names may come, as some servers answer with both; they may not disagree."""
+    if "reasoning" not in given:
+        return
+    older, newer = given.get("reasoning_content"), given.pop("reasoning")
+    if older and newer and older != newer:
+        path = f"{where}.reasoning"
+        raise RequestError(f"{path} and reasoning_content differ: send one of them", param=path)
+    given["reasoning_content"] = older or newer
+
+
+def _content(given: Mapping[str, Any], where: str) -> str:
+    """The message's text; no parts are no content, except that a tool may have found nothing."""
+    content: object = given.get("content")
     if isinstance(content, str):
         return content
+    if content is None or content in ([], ()):
+        called = "tool_calls" in given or "reasoning_content" in given
+        if called or (content is not None and given["role"] == "tool"):
+            return ""
+        _refuse(where, content, "a string or a list of at least one text part")
+    return _joined(content, where)
+
+
+def _joined(content: object, where: str) -> str:
     if not isinstance(content, list | tuple):
         _refuse(where, content, "a string or a list of text parts")
     parts = enumerate(cast("Sequence[object]", content))
@@ -107,7 +149,7 @@ def _parsed(text: str, where: str) -> object:
     try:
         return json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where} is not valid JSON: {_brief(str(error))}", param=where) from error
+        raise RequestError(f"{where} is not valid JSON: {clip(str(error))}", param=where) from error
 
 
 def _no_constant(word: str) -> NoReturn:
@@ -145,7 +187,7 @@ def check_template_kwargs(kwargs: Mapping[str, Any], taken: Iterable[str] = ()) 
     """
     forbidden = _RESERVED_KWARGS | set(taken)
     for name, value in kwargs.items():
-        where = f"chat_template_kwargs.{_brief(name)}"
+        where = f"chat_template_kwargs.{clip(name)}"
         if name in forbidden:
             raise RequestError(f"{where} is reserved: it cannot be set through a request", param=where)
         if not (value is None or isinstance(value, str | bool | int | float)):
@@ -153,13 +195,7 @@ def check_template_kwargs(kwargs: Mapping[str, Any], taken: Iterable[str] = ()) 
 
 
 def _refuse(where: str, value: object, must_be: str) -> NoReturn:
-    raise RequestError(f"{where} is {_brief(repr(value))} and must be {must_be}", param=where)
-
-
-def _brief(text: str) -> str:
-    """At most 80 characters, and printable whatever the client sent."""
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return text if len(text) <= 80 else text[:77] + "…"
+    raise RequestError(f"{where} is {brief(value)} and must be {must_be}", param=where)
 
 
 def check_unicode(text: str, where: str) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from nanoserve.errors import RequestError
-from nanoserve.protocol import Fields, brief, checked_text, refuse, token_ids
-from nanoserve.request import Request, SamplingParams
+from nanoserve.protocol import Fields, checked_text, refuse, token_ids
+from nanoserve.request import Request, SamplingParams, brief
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -102,8 +102,7 @@ def parse_sampling(fields: Fields, limits: Limits, **decided: Any) -> SamplingPa
             *("presence_penalty", "frequency_penalty", "repetition_penalty"),
         )
     }
-    top_k = fields.integer("top_k", -1, 2**31)
-    given["top_k"] = max(top_k, 0) if top_k is not None else None
+    given["top_k"] = fields.integer("top_k", -1, 2**31)
     given["min_tokens"] = fields.integer("min_tokens", 0, 2**31)
     given["seed"] = fields.integer("seed", -_INT64, _INT64 - 1)
     values = {name: value for name, value in given.items() if value is not None}

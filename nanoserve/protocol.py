@@ -9,17 +9,19 @@ from collections.abc import Mapping
 from typing import Any, NoReturn, cast
 
 from nanoserve.errors import EngineError, NanoserveError, RequestError
+from nanoserve.request import brief
 
 _HARMLESS = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier"),
-        *("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"),
+        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "cache_prompt"),
+        *("parallel_tool_calls", "request_id"),
     }
 )
 """Bookkeeping that SDKs send and that changes no answer."""
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    # Fields that are not implemented, and the values with which they ask for nothing.
+    # Fields that are not implemented, or not by every endpoint, and the values with which they ask for nothing.
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -43,19 +45,14 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "structured_outputs": (),
     "chat_template": (),
     "continue_final_message": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "return_token_ids": (False,),
+    "echo": (False,),
+    "priority": (0,),
 }
-
-
-def brief(value: object, limit: int = 80) -> str:
-    """A value for a message: printable, whatever the client sent, and at most ``limit`` characters."""
-    if isinstance(value, dict | list):
-        text = "an object" if isinstance(value, dict) else "an array"
-    elif isinstance(value, int) and abs(value) >= 10**40:
-        text = "a huge number"  # Python refuses to write out the hugest
-    else:
-        text = repr(value[:limit] if isinstance(value, str) else cast("object", value))
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def refuse(name: str, value: object, must_be: str) -> NoReturn:

@@ -28,7 +28,7 @@ class SamplingParams:
         max_tokens: tokens to generate at most; None generates until the context is full, 0 only scores.
         min_tokens: end tokens are masked until this many tokens have been generated.
         temperature: 0 is greedy (lowest id wins a tie).
-        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_k: keep the k likeliest tokens; 0 keeps all, and so does -1, which is kept as 0.
         top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
         min_p: drop tokens less likely than min_p times the likeliest, in [0, 1].
         presence_penalty: subtracted once from tokens generated before, in [-2, 2].
@@ -70,8 +70,10 @@ class SamplingParams:
         _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
         if self.max_tokens is not None:
             fits = self.min_tokens <= self.max_tokens
-            _check("min_tokens", self.min_tokens, fits, f"at most max_tokens ({self.max_tokens})")
+            _check("min_tokens", self.min_tokens, fits, f"at most max_tokens ({brief(self.max_tokens)})")
         _check("temperature", self.temperature, 0 <= self.temperature <= 100, "in [0, 100]")
+        if self.top_k == -1:  # other engines' spelling of "off"
+            object.__setattr__(self, "top_k", 0)
         _check("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 keeps all tokens)")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
@@ -103,11 +105,13 @@ def _check_types(params: SamplingParams) -> None:
     bias = cast("object", params.logit_bias)
     _check("logit_bias", bias, isinstance(bias, Mapping), "a mapping of token ids to numbers")
     for token, value in cast("Mapping[object, object]", bias).items():
-        _check("logit_bias", {token: value}, is_integer(token) and _is_number(value), "of token ids to numbers")
+        _check("logit_bias", token, is_integer(token), "a mapping with token ids as keys")
+        _check("logit_bias", value, _is_number(value), "a mapping with numbers as values")
     for name, kind in (("stop", str), ("stop_token_ids", int)):
         items: object = getattr(params, name)
-        fine = isinstance(items, tuple) and all(type(item) is kind for item in cast("tuple[object, ...]", items))
-        _check(name, items, fine, f"a tuple of {kind.__name__}")
+        _check(name, items, isinstance(items, tuple), f"a tuple of {kind.__name__}")
+        for item in cast("tuple[object, ...]", items):
+            _check(name, item, type(item) is kind, f"a tuple of {kind.__name__}")
 
 
 def is_integer(value: object) -> bool:
@@ -121,7 +125,25 @@ def _is_number(value: object) -> bool:
 
 def _check(name: str, value: object, fine: bool, must_be: str) -> None:
     if not fine:
-        raise RequestError(f"{name} is {value!r} and must be {must_be}", param=name)
+        raise RequestError(f"{name} is {brief(value)} and must be {must_be}", param=name)
+
+
+def brief(value: object, limit: int = 80) -> str:
+    """A value for a message: printable, whatever the caller sent, and at most ``limit`` characters."""
+    # Not repr: what is nested as deeply as JSON may be would exhaust Python's stack.
+    if isinstance(value, Mapping):
+        return "an object" if value else "an empty object"
+    if isinstance(value, list | tuple):
+        return "an array" if value else "an empty array"
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a huge number"  # Python refuses to write out the hugest
+    return clip(repr(value[:limit] if isinstance(value, str) else value), limit)
+
+
+def clip(text: str, limit: int = 80) -> str:
+    """A text for a message: valid Unicode, and at most ``limit`` characters."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,13 +157,11 @@ def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     top_k = found.get("top_k")
     if isinstance(top_k, float) and top_k.is_integer():
         found["top_k"] = int(top_k)
-    if found.get("top_k") == -1:
-        found["top_k"] = 0  # another spelling of "off"
     try:
-        SamplingParams(**found)
+        params = SamplingParams(**found)
     except RequestError as error:
         raise CheckpointError("generation_config.json", str(error)) from error
-    return found
+    return {name: getattr(params, name) for name in found}
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,9 +202,14 @@ class Routes:
         """Read the body, then parse it and do the work in a thread."""
         body = await read_body(request, self._config)
         request_id = request_id_of(request.scope)
-        return await anyio.to_thread.run_sync(
-            lambda: work(decode_json(body), request_id), limiter=self._preparations
-        )
+
+        def job() -> _Result:
+            try:
+                return work(decode_json(body), request_id)
+            except RecursionError as error:  # a net: what reads nested values says so itself, and better
+                raise RequestError("the body is nested too deeply") from error
+
+        return await anyio.to_thread.run_sync(job, limiter=self._preparations)
 
     async def _generate(self, request: HttpRequest, prepare: Callable[[dict[str, Any], str], Job]) -> Response:
         self._service.worker.admit()  # before any work is spent on it

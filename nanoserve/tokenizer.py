@@ -194,8 +194,8 @@ class Tokenizer:
             raise RequestError(
                 "this checkpoint has no chat template: use /v1/completions with a prompt", param="messages"
             )
-        check_template_kwargs(template_kwargs, taken=self._special_tokens)
         try:
+            check_template_kwargs(template_kwargs, taken=self._special_tokens)
             normal = normalize_messages(messages)
             plain_tools = normalize_tools(tools)
             texts = _checked_texts(normal, plain_tools, template_kwargs)

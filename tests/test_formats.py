@@ -6,6 +6,7 @@ from hf_reference import e2m1_values, e4m3_values, expand
 from torch import Tensor
 
 from nanoserve.kernels import nvfp4
+from nanoserve.kernels.fp8 import widen
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight, expert, linear, linear_f32
 
 
@@ -89,3 +90,9 @@ def test_pack_breaks_ties_towards_even_codes() -> None:
     values = nvfp4.unpack(*nvfp4.pack(block * 448)) / 448
     even = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0])
     torch.testing.assert_close(values[0, :14], torch.cat((even, -even)))
+
+
+def test_widening_is_torchs_own_conversion_of_every_code() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
+    for values in (codes, codes.T, codes[3:5]):
+        assert torch.equal(widen(values).view(torch.int32), values.float().contiguous().view(torch.int32))

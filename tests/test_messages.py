@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 
 from nanoserve.errors import RequestError
-from nanoserve.messages import normalize_messages
+from nanoserve.messages import check_template_kwargs, normalize_messages
 from nanoserve.random_tokenizer import write_tokenizer
 from nanoserve.tokenizer import Tokenizer
 
@@ -212,8 +212,24 @@ def user(**fields: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": "x", **fields}]
 
 
+def assistant(**fields: Any) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": "c", **fields}]
+
+
+def tool(**fields: Any) -> list[dict[str, Any]]:
+    return [{"role": "tool", "content": "r", "tool_call_id": "1", **fields}]
+
+
 def call(**function: Any) -> list[dict[str, Any]]:
     return [{"role": "assistant", "tool_calls": [{"function": {"name": "f", **function}}]}]
+
+
+CALLS = call()[0]["tool_calls"]
+# What openai's ChatCompletionMessage.model_dump() has beside its content.
+DUMPED = {
+    "role": "assistant",
+    **dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls")),
+}
 
 
 @pytest.mark.parametrize(
@@ -236,7 +252,15 @@ def call(**function: Any) -> list[dict[str, Any]]:
         (user(content=[{"type": "text", "text": None}]), "messages[0].content[0].text"),
         (user(content="a\ud800"), "messages[0]"),
         (user(name="\udfff"), "messages[0]"),
-        (user(reasoning_content=["r"]), "messages[0].reasoning_content"),
+        (user(content=[]), "messages[0].content"),
+        ([{"role": "system", "content": []}, *user()], "messages[0].content"),
+        (assistant(content=[]), "messages[0].content"),
+        (user(name=["x"]), "messages[0].name"),
+        (tool(tool_call_id=5), "messages[0].tool_call_id"),
+        (assistant(reasoning_content=["r"]), "messages[0].reasoning_content"),
+        (assistant(reasoning=["r"]), "messages[0].reasoning"),
+        (assistant(reasoning="r", reasoning_content="s"), "messages[0].reasoning"),
+        (assistant(annotations={}), "messages[0].annotations"),
         ([{"role": "assistant", "tool_calls": {}}], "messages[0].tool_calls"),
         ([{"role": "assistant", "tool_calls": [1]}], "messages[0].tool_calls[0]"),
         ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0].function"),
@@ -262,7 +286,12 @@ def test_nesting_too_deep(tokenizer: Tokenizer) -> None:
         deep = [deep]
     for tools in ([{"function": {"name": "f", "parameters": {"x": deep}}}], None):
         with pytest.raises(RequestError, match="nested too deeply"):
-            tokenizer.encode_chat(user(extra=deep) if tools is None else user(), tools=tools)
+            tokenizer.encode_chat(call(arguments={"x": deep}) if tools is None else user(), tools=tools)
+    for wrong in (user(content=deep), user(content=[deep]), user(name=deep), assistant(tool_calls=[deep])):
+        with pytest.raises(RequestError, match="is an array and must be"):
+            tokenizer.encode_chat(wrong)
+    with pytest.raises(RequestError, match=r"kwargs\.mood is an array and must be"):
+        check_template_kwargs({"mood": deep})
     while isinstance(deep, list):  # or freeing it would recurse as deeply
         deep = deep.pop()
 
@@ -271,7 +300,8 @@ def test_nesting_too_deep(tokenizer: Tokenizer) -> None:
     ("given", "meant"),
     [
         (user(content=[{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), user(content="ab")),
-        (user(content=[]), user(content="")),
+        (tool(content=[]), tool(content="")),
+        (user(name="Ann"), user()),  # our template does not read it
         ([{"role": "developer", "content": "d"}, *user()], [{"role": "system", "content": "d"}, *user()]),
         (call(arguments='{"a": 1}'), call(arguments={"a": 1})),
         (call(arguments=""), call(arguments={})),
@@ -279,16 +309,61 @@ def test_nesting_too_deep(tokenizer: Tokenizer) -> None:
             [{"role": "assistant", "content": "c", "reasoning": "r"}],
             [{"role": "assistant", "content": "c", "reasoning_content": "r"}],
         ),
-        (
-            [{"role": "assistant", "content": "c", "tool_calls": None, "refusal": None}],
-            [{"role": "assistant", "content": "c"}],
-        ),
+        (assistant(reasoning="r", reasoning_content="r"), assistant(reasoning_content="r")),
+        (assistant(reasoning="r", reasoning_content=""), assistant(reasoning_content="r")),
+        (assistant(reasoning=""), assistant()),
+        ([{**DUMPED, "content": "c"}], assistant()),
+        ([{**DUMPED, "content": "c", "annotations": []}], assistant()),
+        (assistant(annotations=[{"type": "url_citation"}]), assistant()),
+        ([{**DUMPED, "content": None, "tool_calls": CALLS}], call()),
+        ([{"role": "assistant", "content": [], "tool_calls": CALLS}], call()),
+        (user(tool_calls=None, tool_call_id=None, reasoning=None, prefix=None), user()),
     ],
 )
 def test_messages_that_mean_the_same(
     tokenizer: Tokenizer, given: list[dict[str, Any]], meant: list[dict[str, Any]]
 ) -> None:
     assert tokenizer.encode_chat(given) == tokenizer.encode_chat(meant)
+
+
+@pytest.mark.parametrize(
+    ("message", "key"),
+    [
+        *(
+            (assistant(**{key: value}), key)
+            for key, value in (
+                ("function_call", {"name": "f", "arguments": "{}"}),
+                ("audio", {"id": "a"}),
+                ("refusal", "no"),
+                ("prefix", True),
+                ("tool_call_id", "1"),
+                ("reasoning_details", []),
+            )
+        ),
+        *(
+            (user(**{key: value}), key)
+            for key, value in (
+                ("tool_calls", CALLS),
+                ("tool_calls", []),
+                ("reasoning", "r"),
+                ("reasoning_content", "r"),
+                ("annotations", []),
+                ("contents", "x"),
+            )
+        ),
+        (tool(tool_calls=CALLS), "tool_calls"),
+        ([{"role": "developer", "content": "d", "weight": 0}], "weight"),
+    ],
+)
+def test_no_field_is_dropped_in_silence(tokenizer: Tokenizer, message: list[dict[str, Any]], key: str) -> None:
+    with pytest.raises(RequestError, match="leave it out") as caught:
+        tokenizer.encode_chat([*user(), *message])
+    assert (caught.value.param, caught.value.code) == (f"messages[1].{key}", "unsupported_parameter")
+
+
+def test_templates_see_names_and_ids_but_no_annotations() -> None:
+    given = [*user(name="Ann"), *tool(name="f"), *assistant(annotations=[{}])]
+    assert normalize_messages(given) == [*user(name="Ann"), *tool(name="f"), *assistant()]
 
 
 def test_reasoning_has_one_name() -> None:

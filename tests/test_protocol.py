@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from fake_engine import MODEL, VOCAB, make_tokenizer
 
-from nanoserve.chat import ChatWriter, parse_chat
+from nanoserve.chat import MAX_MESSAGES, ChatWriter, parse_chat
 from nanoserve.choice import AnswerFailed, Choice, Piece
 from nanoserve.completions import CompletionWriter, parse_completion
 from nanoserve.errors import EngineError, NanoserveError, QueueFull, RequestError
 from nanoserve.logprobs import CompletionLogprobs, chat_logprob
 from nanoserve.metrics import Histogram, Metrics, RequestRecord
 from nanoserve.parameters import Limits, choice_requests, usage, wire_logprob
-from nanoserve.protocol import brief, decode_json, error_answer, error_object
-from nanoserve.request import Event, Finish, PromptScores, SamplingParams, Token, TokenScore
+from nanoserve.protocol import decode_json, error_answer, error_object
+from nanoserve.request import Event, Finish, PromptScores, SamplingParams, Token, TokenScore, brief
 from nanoserve.tokenizer import Tokenizer
 
 LIMITS = Limits(MODEL, VOCAB, {"temperature": 0.6, "top_p": 0.95}, has_text=True)
@@ -125,11 +125,99 @@ class TestFields:
         assert [(r.prompt, r.sampling.seed) for r in requests] == [((1,), 5), ((1,), 6), ((2,), 5), ((2,), 6)]
         assert [r.sampling.seed for r in choice_requests([(1,)], SamplingParams(), 2, "")] == [None, None]
 
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            {"prompt_cache_options": {"ttl": "1h"}, "request_id": "x", "cache_prompt": True},
+            {"skip_special_tokens": True, "spaces_between_special_tokens": True, "add_special_tokens": True},
+            {"include_stop_str_in_output": False, "return_token_ids": False, "priority": 0, "echo": False},
+        ],
+    )
+    def test_fields_that_ask_for_nothing_pass(self, extra: dict[str, Any]) -> None:
+        assert chat(**extra) == chat()
+        assert completion(**extra) == completion()
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("skip_special_tokens", False),
+            ("spaces_between_special_tokens", False),
+            ("include_stop_str_in_output", True),
+            ("return_token_ids", True),
+            ("priority", 1),
+            ("priority", False),
+            ("echo", True),
+            ("add_special_tokens", 1),
+        ],
+    )
+    def test_their_other_values_are_refused(self, field: str, value: object) -> None:
+        with pytest.raises(RequestError) as refused:
+            chat(**{field: value})
+        assert refused.value.param == field
+
+    def test_completions_always_add_special_tokens(self) -> None:
+        with pytest.raises(RequestError, match="add_special_tokens is not supported"):
+            completion(add_special_tokens=False)
+
+    def test_too_many_messages_are_refused_before_they_are_read(self) -> None:
+        assert parse_chat({"messages": HI * MAX_MESSAGES}, LIMITS)
+        with pytest.raises(RequestError, match=f"150001 entries and may have at most {MAX_MESSAGES}") as refused:
+            parse_chat({"messages": [None] * 150_001}, LIMITS)
+        assert refused.value.param == "messages"
+
+    def test_a_tools_result_names_its_call(self) -> None:
+        result = {"role": "tool", "content": "r"}
+        assert parse_chat({"messages": [*HI, {**result, "tool_call_id": "1"}]}, LIMITS)
+        for lacking in (result, {**result, "tool_call_id": None}):
+            with pytest.raises(RequestError, match="the id of the call") as refused:
+                parse_chat({"messages": [*HI, lacking]}, LIMITS)
+            assert refused.value.param == "messages[1].tool_call_id"
+
     def test_a_body_is_left_as_it_was(self) -> None:
         body = {"messages": HI, "stop": ["a"]}
         copy = json.dumps(body)
         parse_chat(body, LIMITS)
         assert json.dumps(body) == copy
+
+
+class TestSamplingParams:
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [
+            ({"temperature": 10**5000}, "temperature"),
+            ({"max_tokens": -(10**5000)}, "max_tokens"),
+            ({"min_tokens": 10**5001, "max_tokens": 10**5000}, "min_tokens"),
+            ({"top_k": -(10**5000)}, "top_k"),
+            ({"logprobs": 10**5000}, "logprobs"),
+            ({"logit_bias": {5: 10**5000}}, "logit_bias"),
+            ({"logit_bias": {5: [10**5000]}}, "logit_bias"),
+            ({"stop": (10**5000,)}, "stop"),
+        ],
+    )
+    def test_huge_numbers_are_refused_by_name(self, fields: dict[str, Any], param: str) -> None:
+        with pytest.raises(RequestError, match="must be") as refused:
+            SamplingParams(**fields)
+        assert refused.value.param == param
+        assert len(str(refused.value)) < 200
+
+    def test_a_huge_limit_is_no_fault(self) -> None:
+        assert SamplingParams(max_tokens=10**5000, min_tokens=1).min_tokens == 1
+
+    def test_what_is_nested_deeply_is_not_written_out(self) -> None:
+        deep: Any = []
+        for _ in range(100_000):
+            deep = [deep]
+        wrong: list[dict[str, Any]] = [{"temperature": deep}, {"stop": (deep,)}, {"logit_bias": {1: deep}}]
+        for fields in wrong:
+            with pytest.raises(RequestError, match="is an array and must be"):
+                SamplingParams(**fields)
+        while deep:  # or freeing it would recurse as deeply
+            deep = deep.pop()
+
+    def test_top_k_minus_one_is_off(self) -> None:
+        assert SamplingParams(top_k=-1) == SamplingParams()
+        with pytest.raises(RequestError, match="top_k is -2"):
+            SamplingParams(top_k=-2)
 
 
 class TestErrors:
@@ -148,7 +236,9 @@ class TestErrors:
         assert "secret" not in str(body)
 
     @pytest.mark.parametrize(
-        "value", ["\ud800" * 500, "\x1b[31m\n", 10**5000, {"a": 1}, [1], None, True, 1.5], ids=range(8)
+        "value",
+        ["\ud800" * 500, "\x1b[31m\n", 10**5000, {"a": 1}, [1], (10**5000,), None, True, 1.5],
+        ids=range(9),
     )
     def test_values_are_shown_short_and_printable(self, value: object) -> None:
         text = brief(value)

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import END, FakeEngine, Running, make_service, make_tokenizer, plain_config, running, until
+from openai.types.chat import ChatCompletionMessage
 from starlette.testclient import TestClient
 
 from nanoserve.routes import create_app
@@ -158,6 +159,56 @@ class TestAnswers:
         assert prompt(add_generation_prompt=False).endswith("<|im_end|>\n")
 
 
+class TestBodies:
+    @pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+    def test_nested_values_are_refused_at_any_depth(self, client: TestClient, path: str) -> None:
+        """JSON of nearly the depth that Python's stack allows is read, and must not end in a 500 further on."""
+        for depth in [5, 400, *range(970, 1000), 5000]:
+            nested = '{"a":' * depth + "1" + "}" * depth
+            body = (
+                f'{{"messages": [{{"role": "user", "content": "x"}}], "chat_template_kwargs": {{"a": {nested}}}}}'
+            )
+            response = client.post(path, content=body, headers={"content-type": "application/json"})
+            assert response.status_code == 400, depth
+            assert response.json()["error"]["param"] in ("chat_template_kwargs.a", None)
+
+    def test_no_recursion_is_a_500(self, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+        def recurse(*args: object, **options: object) -> list[int]:
+            return recurse()
+
+        monkeypatch.setattr(Tokenizer, "encode", recurse)
+        response = client.post("/tokenize", json={"prompt": "a"})
+        assert response.status_code == 400
+        assert response.json()["error"]["message"] == "the body is nested too deeply"
+
+    @pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+    def test_a_body_full_of_messages_is_refused_at_once(self, client: TestClient, path: str) -> None:
+        body = json.dumps({"messages": HI * 150_001})
+        start = time.monotonic()
+        response = client.post(path, content=body, headers={"content-type": "application/json"})
+        assert time.monotonic() - start < 1
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "messages"
+
+    @pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+    def test_a_dropped_field_of_a_message_is_named(self, client: TestClient, path: str) -> None:
+        answer = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+        error = client.post(path, json={"messages": [*HI, answer]}).json()["error"]
+        assert error["param"] == "messages[1].function_call"
+
+    def test_a_round_of_tool_calls_as_clients_send_it(self, client: TestClient) -> None:
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+        messages = [
+            *HI,
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": "7"},
+            ChatCompletionMessage(role="assistant", content="so").model_dump(),
+            *HI,
+        ]
+        response = client.post(CHAT, json={"messages": messages, "max_tokens": 2})
+        assert response.status_code == 200, response.text
+
+
 class TestOtherRoutes:
     def test_tokenize_and_back(self, client: TestClient) -> None:
         answer = client.post("/tokenize", json={"prompt": "<|im_end|>é"}).json()
@@ -165,6 +216,12 @@ class TestOtherRoutes:
         assert answer["max_model_len"] == 512
         assert answer["tokens"][0] == END
         assert client.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "<|im_end|>é"}
+
+    @pytest.mark.parametrize("special", [True, False])
+    def test_a_chats_tokens_with_the_switches_of_other_servers(self, client: TestClient, special: bool) -> None:
+        plain = client.post("/tokenize", json={"messages": HI}).json()
+        switches = {"add_special_tokens": special, "add_generation_prompt": True}
+        assert client.post("/tokenize", json={"messages": HI, **switches}).json() == plain
 
     def test_models(self, client: TestClient) -> None:
         (model,) = client.get("/v1/models").json()["data"]

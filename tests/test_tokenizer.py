@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from nanoserve.chat import Conversation
 from nanoserve.errors import CheckpointError, RequestError, UnsupportedModel
 from nanoserve.random_tokenizer import write_tokenizer
 from nanoserve.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "You are the river."},
     {"role": "user", "content": "  Hi\n\n"},
     {"role": "assistant", "content": "", "reasoning_content": "what?", "tool_calls": [CALL]},
-    {"role": "tool", "content": "日本\n"},
+    {"role": "tool", "content": "日本\n", "tool_call_id": "1"},
     {"role": "assistant", "content": "<think>\nx\n</think>\ny"},
     {"role": "user", "content": "and 1 < 2 > 0?"},
 ]
@@ -124,14 +125,27 @@ def test_ids_equal_transformers(directory: Path, spec: Spec, variant: Callable[[
             assert ours.encode_chat(chat, tools=tools) == expected
 
 
-def test_special_tokens_of_the_post_processor(spec: Spec) -> None:
+def beginning_with_s(spec: Spec) -> Spec:
     pieces = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     known = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
     template = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": known}
-    tokenizer = Tokenizer(changed(spec, post_processor=template), "{{ messages[0].content }}")
+    return changed(spec, post_processor=template)
+
+
+def test_special_tokens_of_the_post_processor(spec: Spec) -> None:
+    tokenizer = Tokenizer(beginning_with_s(spec), "{{ messages[0].content }}")
     assert tokenizer.encode("the")[0] == 1
     assert 1 not in tokenizer.encode("the", add_special_tokens=False)
     assert 1 not in tokenizer.encode_chat([{"role": "user", "content": "the"}])
+
+
+def test_a_chat_asks_for_special_tokens_only_where_there_are_none_to_add(spec: Spec) -> None:
+    chat = Conversation([{"role": "user", "content": "the"}], True, {}, add_special_tokens=True)
+    plain, adding = (Tokenizer(kind, "{{ messages[0].content }}") for kind in (spec, beginning_with_s(spec)))
+    assert chat.encode(plain) == tuple(plain.encode("the"))
+    with pytest.raises(RequestError, match="must be false") as caught:
+        chat.encode(adding)
+    assert caught.value.param == "add_special_tokens"
 
 
 def test_truncation_and_padding_of_the_file_are_off(spec: Spec) -> None:
