@@ -51,6 +51,16 @@ def test_what_is_learnt_is_what_serving_generates(tokenizer: Tokenizer) -> None:
             assert (whole.weights[len(prompt) + end + 1 :] < 1).all()
 
 
+def test_documents_that_do_not_fit_wait_for_a_later_row(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanoserve.models.demo.corpus.ROW", 512)
+    source = rows(tokenizer, Random(1))
+    made = [next(source) for _ in range(30)]
+    assert all(row["ids"].shape == (512,) for row in made)
+    assert sum(int((row["document"] >= 0).sum()) for row in made) > 0.7 * 30 * 512
+
+
 def test_rows_hold_whole_documents(tokenizer: Tokenizer) -> None:
     row = next(rows(tokenizer, Random(1)))
     assert {key: tuple(value.shape) for key, value in row.items()} == dict.fromkeys(row, (ROW,))

@@ -108,11 +108,13 @@ def rows(tokenizer: Tokenizer, rng: Random) -> Iterator[dict[str, Tensor]]:
     while True:
         row: list[Document] = []
         room, tries = ROW, 0
-        for one in list(waiting):
+        before, waiting = waiting, []
+        for one in before:
             if len(one.ids) <= room:
-                waiting.remove(one)
                 row.append(one)
                 room -= len(one.ids)
+            else:
+                waiting.append(one)
         while room > 100 and tries < 12:
             one = next(source)
             if len(one.ids) <= room:
