@@ -12,8 +12,9 @@ from torch import Tensor
 from nanoserve.kernels import nvfp4
 from nanoserve.kernels.fp8 import widen
 
-TILE_BYTES = 32 << 20
-"""The reference expands this many float32 bytes of a weight at a time."""
+TILE_BYTES = 4 << 20
+"""The reference expands this many float32 bytes of a weight at a time; with 32 MiB, which no cache holds, a CPU
+took seven times as long."""
 
 
 @dataclass(frozen=True, slots=True)

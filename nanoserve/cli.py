@@ -114,7 +114,9 @@ def _leaving_at_once(*signals: signal.Signals, clean_up: Callable[[], object]) -
         clean_up()
         os._exit(128 + number)
 
-    before = {number: signal.signal(number, leave) for number in signals}
+    # A signal that was ignored when we came stays so: that is what nohup, and a shell's &, ask for.
+    heard = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in heard}
     try:
         yield
     finally:

@@ -142,9 +142,7 @@ class Engine:
         begin_sampling(self.sampler, params, prompt, ends)
         begin_decode(self.model, sequence, hidden, self.buffers, self.sampler)
         for count in range(1, budget + 1):
-            token = int(self.buffers.ids)
-            if token == NOT_FINITE:
-                raise EngineError(_DAMAGED)
+            token = self._drawn()
             yield Token(token, self._token_score(token, params.logprobs))
             if token in ends:
                 yield Finish("stop")
@@ -170,15 +168,27 @@ class Engine:
                 hidden = prefill(self.model, self.cache, sequence, chunk)
             begin_sampling(self.sampler, request.sampling, prompt, ())
             begin_decode(self.model, sequence, hidden[-1:], self.buffers, self.sampler)
-            request.deliver(self.buffers.logits.log_softmax(dim=-1))
+            request.deliver(self._logprobs())
             for token in answer[:-1]:
                 if cancelled():
                     yield Finish("cancelled")
                     return
                 self.buffers.ids.fill_(token)
                 decode(self.model, self.cache, sequence, self.buffers, self.sampler)
-                request.deliver(self.buffers.logits.log_softmax(dim=-1))
+                request.deliver(self._logprobs())
         yield Finish("length")
+
+    def _drawn(self) -> int:
+        """The token that the last step drew."""
+        token = int(self.buffers.ids)
+        if token == NOT_FINITE:
+            raise EngineError(_DAMAGED)
+        return token
+
+    def _logprobs(self) -> Tensor:
+        """Ln p of the vocabulary after the last step, float32 [V]."""
+        self._drawn()
+        return self.buffers.logits.log_softmax(dim=-1)
 
     def _token_score(self, token: int, alternatives: int | None) -> TokenScore | None:
         if alternatives is None:

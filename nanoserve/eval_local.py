@@ -135,7 +135,10 @@ class LocalRunner:
             stop=question.stop,
         )
         seconds = time.perf_counter() - started
-        return Answer(done.text, len(done.token_ids), seconds, tuple(ids), tuple(done.token_ids))
+        opened = self.tokenizer.decode(ids[-8:], skip_special=False).rstrip().endswith("<think>")
+        return Answer(
+            "<think>" * opened + done.text, len(done.token_ids), seconds, tuple(ids), tuple(done.token_ids)
+        )
 
 
 def parse_spec(spec: str, path: Path | None, base: EngineConfig, announce: Announce) -> LocalCandidate:

@@ -127,7 +127,9 @@ def pick_dtypes(options: EngineConfig, device_type: str, kv_declared_fp8: bool) 
 def free_memory(device: torch.device) -> int:
     """Bytes free on the device; on the CPU the least of what the machine and the control group leave."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch has freed and kept (an engine closed before this one, say) is as good as free.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     text = Path("/proc/meminfo").read_text(encoding="ascii")
     free = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:"))
     limit, used, cached = _control_group(Path("/sys/fs/cgroup"))

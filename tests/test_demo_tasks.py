@@ -48,6 +48,7 @@ def test_the_right_answer_is_right_and_a_changed_one_is_not(task: Task) -> None:
             assert not grade(task, problem, written(other))
         assert not grade(task, problem, text.partition("</think>")[0] + "</think>\n")
         assert not grade(task, problem, "")
+        assert not grade(task, problem, "<think>" + text.replace("</think>", ""))
 
 
 @pytest.mark.parametrize("task", get_args(Task))

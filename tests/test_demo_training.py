@@ -12,6 +12,7 @@ from nanoserve.models.demo import arithmetic, conversation, recall, released, st
 from nanoserve.models.demo.corpus import ROW, document, pack, rows
 from nanoserve.models.demo.examples import aloud
 from nanoserve.models.demo.network import Network, held_fp8, held_nvfp4
+from nanoserve.models.demo.progress_set import ProgressSet, measure
 from nanoserve.models.demo.vocabulary import VOCAB_SIZE, write_demo_tokenizer
 from nanoserve.tokenizer import Tokenizer
 
@@ -118,6 +119,8 @@ def test_a_few_steps_learn_one_batch(
     batch = pack([document(tokenizer, arithmetic.plain_sum(Random(1)))], 1)[0]
     losses = [trainer.update(batch, 1000)[0].item() for _ in range(5)]
     assert losses[-1] < losses[0] - 0.02
+    progress = ProgressSet([batch], ["sums"])
+    assert measure(trainer.network, progress, torch.device("cpu"))["sums"] == 0
     trainer.save(tmp_path / "state.pt")
     other = train.Trainer.begin(torch.device("cpu"))
     other.load(tmp_path / "state.pt")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from nanoserve.checkpoint import open_checkpoint
 from nanoserve.config import EngineConfig
-from nanoserve.engine import Engine
+from nanoserve.engine import Engine, ForcedRequest
 from nanoserve.errors import ContextLengthError, EngineError, RequestError
 from nanoserve.request import Event, Finish, PromptScores, Request, SamplingParams, Token
 from nanoserve.startup import load_engine, prepare
@@ -193,6 +193,9 @@ def test_a_model_that_answers_with_nan_fails(make_checkpoint: Callable[..., Path
     save_file(tensors, directory / "model.safetensors")
     prepared = prepare(open_checkpoint(directory), EngineConfig(device="cpu", max_context=64))
     engine = load_engine(prepared, lambda done, total: None)
-    for sampling in (SamplingParams(max_tokens=4), SamplingParams(max_tokens=0, prompt_logprobs=0)):
+    requests = [Request((5, 6), SamplingParams(max_tokens=4))]
+    requests.append(Request((5, 6), SamplingParams(max_tokens=0, prompt_logprobs=0)))
+    requests.append(ForcedRequest((5, 6), SamplingParams(max_tokens=0), given=1, deliver=lambda logprobs: None))
+    for request in requests:
         with pytest.raises(EngineError, match="damaged"):
-            list(engine.generate(Request((5, 6), sampling)))
+            list(engine.generate(request))

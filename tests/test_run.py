@@ -80,11 +80,12 @@ class Server:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Server]]:
+def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
     def start(*arguments: str | Path, env: dict[str, str] | None = None) -> Server:
-        servers.append(Server(*arguments, "--port", "0", "--device", "cpu", env=env))
+        own = {"TMPDIR": str(tmp_path), **(env or {})}  # a killed server leaves its random checkpoint behind
+        servers.append(Server(*arguments, "--port", "0", "--device", "cpu", env=own))
         return servers[-1]
 
     yield start
@@ -268,6 +269,17 @@ def test_a_signal_is_heard_where_python_drops_exceptions(tmp_path: Path) -> None
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True, env=env, timeout=60)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_was_ignored_stays_ignored(tmp_path: Path) -> None:
+    """`nohup nanoserve run` outlives its terminal."""
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    code = DROPPED.replace("SIGTERM", "SIGHUP").replace(
+        "import os, signal, sys", "import os, signal, sys\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "went on\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,7 +21,7 @@ ROW = 8704
 PROMPT_WEIGHT = 0.02
 """Of tokens that the model only reads; 1 for those that it must write."""
 
-_THINK, _END_THINK, _TURN = 12, 13, 10
+_TURN, _END, _THINK = 10, 11, 12  # <|im_start|>, <|im_end|>, <think>
 _QUIET = 0.2
 """Share of conversations without thinking."""
 
@@ -75,7 +75,7 @@ def document(tokenizer: Tokenizer, example: Example) -> Document:
             writing, start = True, i + 2  # the line feed, or </think>
         if writing and i >= start:  # pyright: ignore[reportPossiblyUnboundVariable]  # set with writing
             weights[i] = 1.0
-        if token == 11:
+        if token == _END:
             writing = False
     return Document(np.array(ids, dtype=np.int32), weights)
 
@@ -158,7 +158,10 @@ def pack(parts: list[Document], batch: int) -> list[dict[str, Tensor]]:
 
 
 class Rows(IterableDataset[dict[str, Tensor]]):
-    """`rows` for a data loader; every worker has a stream of its own, fixed by the seed and its number."""
+    """`rows` for a data loader, in int32 and without document numbers.
+
+    Every worker has a stream of its own, fixed by the seed and its number.
+    """
 
     def __init__(self, tokenizer_directory: Path, seed: int) -> None:
         self._directory, self._seed = tokenizer_directory, seed
@@ -167,4 +170,6 @@ class Rows(IterableDataset[dict[str, Tensor]]):
         info = get_worker_info()
         tokenizer = Tokenizer.load(self._directory)
         assert tokenizer is not None
-        return rows(tokenizer, Random(f"training {self._seed} {info.id if info else 0}"))
+        for row in rows(tokenizer, Random(f"training {self._seed} {info.id if info else 0}")):
+            # Small, since containers often give little shared memory; the numbers are for examinations only.
+            yield {"ids": row["ids"].int(), "place": row["place"].int(), "weights": row["weights"]}

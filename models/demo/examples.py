@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 HELD_OUT_SHARE = 16
-"""One question in this many is kept out of training, by its digest: the sets are disjoint whatever the seeds."""
+"""One turn in this many is kept out of training, by its digest: the sets are disjoint whatever the seeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,12 @@ class Example:
 
     @property
     def held_out(self) -> bool:
-        """Whether it belongs to the held-out side."""
-        text = json.dumps([list(self.prompt), list(self.tools)], sort_keys=True)
+        """Whether it belongs to the held-out side: one of its user's turns, with all before it, does."""
+        turns = (i for i, message in enumerate(self.messages) if message["role"] == "user")
+        return any(self._is_held_out(self.messages[: i + 1]) for i in turns)
+
+    def _is_held_out(self, messages: tuple[Mapping[str, Any], ...]) -> bool:
+        text = json.dumps([list(messages), list(self.tools)], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=2).digest()[0] % HELD_OUT_SHARE == 0
 
 

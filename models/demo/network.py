@@ -86,7 +86,7 @@ def fake_bf16(weight: Tensor) -> Tensor:
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm in float32."""
     wide = x.float()
-    return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight
+    return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * fake_bf16(weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -124,13 +124,14 @@ class Mamba(nn.Module):
         y = _scan(heads, dt, decay, b, c_, c.chunk_size) + fake_bf16(self.d).unsqueeze(-1) * heads.float()
         gated = (y.flatten(-2) * F.silu(z.float())).unflatten(-1, (c.groups, -1))
         y = gated * torch.rsqrt(gated.square().mean(dim=-1, keepdim=True) + c.eps)
-        return linear(y.flatten(-2) * self.norm, self.out_proj())
+        return linear(y.flatten(-2) * fake_bf16(self.norm), self.out_proj())
 
     def _conv(self, x: Tensor, place: Tensor) -> Tensor:
-        total = x * self.conv_weight[:, -1] + self.conv_bias
+        weight = fake_bf16(self.conv_weight)
+        total = x * weight[:, -1] + fake_bf16(self.conv_bias)
         for back in range(1, self.c.conv_kernel):
             before = F.pad(x, (0, 0, back, 0))[:, : x.shape[1]] * (place >= back).unsqueeze(-1)
-            total = total + before * self.conv_weight[:, -1 - back]
+            total = total + before * weight[:, -1 - back]
         return total
 
 
@@ -227,7 +228,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, place: Tensor) -> Tensor:
         """[B, L, H] → [B, L, H]; notes the experts' loads."""
         c = self.c
-        scores = torch.sigmoid(F.linear(x.float(), self.gate))
+        scores = torch.sigmoid(F.linear(x.float(), fake_bf16(self.gate)))
         chosen = torch.topk(scores + self.bias, c.top_k, dim=-1).indices
         mask = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
         self.load.copy_(mask.detach().mean(dim=(0, 1)))
@@ -294,7 +295,7 @@ class Network(nn.Module):
             ids: int64 [B, L].
             place: int64 [B, L], a token's place in its conversation, from 0.
         """
-        embedded = F.embedding(ids, self.embeddings)
+        embedded = F.embedding(ids, fake_bf16(self.embeddings))
         x = embedded
         for layer in self.layers:
             x = layer(x, place)

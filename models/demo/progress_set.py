@@ -1,4 +1,7 @@
-"""How far a training run is: held-out conversations that the model would write without one wrong token."""
+"""How far a training run is: conversations that the model would write without one wrong token.
+
+Those of the examined tasks are held out; small talk and earlier turns are fresh draws of what is trained on.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +14,13 @@ from torch import Tensor
 from nanoserve.models.demo import arithmetic, conversation, recall, structured, tools
 from nanoserve.models.demo.corpus import Document, document, pack
 from nanoserve.models.demo.examples import Example
+from nanoserve.models.demo.network import Network
 from nanoserve.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class ProgressSet:
-    """Batches of held-out conversations, each with a row of document numbers, and every number's task."""
+    """Batches of conversations, each with a row of document numbers, and every number's task."""
 
     batches: list[dict[str, Tensor]]
     names: list[str]
@@ -47,11 +51,12 @@ class ProgressSet:
 
 
 @torch.no_grad()
-def measure(network: torch.nn.Module, held_out: ProgressSet, device: torch.device) -> dict[str, float]:
+def measure(network: Network, held_out: ProgressSet, device: torch.device) -> dict[str, float]:
     """Per task the share of conversations whose every written token is the model's first choice.
 
     Also ``draft_agreement``: how often the draft's first choice is the trunk's, two tokens on, on written text.
     """
+    network.hold()
     right: dict[str, list[bool]] = {}
     agreed = drafts = 0
     for batch in held_out.batches:

@@ -75,9 +75,12 @@ def grade(task: Task, problem: Problem, text: str) -> bool:
     Args:
         task: the problem's kind.
         problem: the question.
-        text: all that was generated; what stands before ``</think>`` does not count.
+        text: all that was generated, behind ``<think>`` if the prompt opened it; what stands before
+            ``</think>`` does not count, and reasoning that never ends is no answer.
     """
     content = text.rpartition("</think>")[2].strip()
+    if "<think>" in content:
+        return False
     match task:
         case "arithmetic":
             numbers = re.findall(r"-?\d[\d,]*", content)

@@ -6,6 +6,8 @@ minutes at a time: the same command again goes on where the last one stopped.
 
 import argparse
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -114,11 +116,14 @@ class Trainer:
     def save(self, file: Path) -> None:
         """For the next segment."""
         state = {"network": self.network.state_dict(), "adam": self.adam.state_dict(), "muon": self.muon.momenta}
-        torch.save({**state, "step": self.step, "segment": self.segment + 1}, file)
+        whole = file.with_suffix(".new")
+        torch.save({**state, "step": self.step, "segment": self.segment + 1}, whole)
+        os.replace(whole, file)  # so that an end amid the writing leaves the last state
 
     def load(self, file: Path) -> None:
         """What the last segment saved."""
-        state = torch.load(file, weights_only=True)
+        device = self.network.embeddings.device
+        state = torch.load(file, weights_only=True, map_location=device)
         self.network.load_state_dict(state["network"])
         self.adam.load_state_dict(state["adam"])
         self.muon.momenta, self.step, self.segment = state["muon"], state["step"], state["segment"]
@@ -168,10 +173,15 @@ def train(options: argparse.Namespace) -> None:
     while trainer.step < options.steps and time.monotonic() - started < options.stop_after:
         asked = time.monotonic()
         batch = {key: value.to(device, non_blocking=True) for key, value in next(loader).items()}
+        batch |= {key: batch[key].long() for key in ("ids", "place")}
         waited += time.monotonic() - asked
         losses.append(trainer.update(batch, options.steps))
         if trainer.step % options.every == 0 or trainer.step in (1, 20):
             main, draft = (torch.stack(parts).mean().item() for parts in zip(*losses, strict=True))
+            if not math.isfinite(main + draft):
+                sys.exit(f"step {trainer.step}: the loss is {main}, {draft}; the last state stays as it was")
+            if trainer.step % (options.every * 5) == 0:
+                trainer.save(out / "state.pt")
             seconds = time.monotonic() - since
             line: dict[str, Any] = {
                 "step": trainer.step,
