@@ -104,7 +104,7 @@ def _run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _leaving_at_once(*signals: signal.Signals, clean_up: Callable[[], object]) -> Generator[None]:
-    """Until the server has handlers of its own, a signal cleans up and ends the process there and then.
+    """A signal cleans up and ends the process there and then; `server.serve` has handlers of its own for some.
 
     Raising an exception in the handler instead would be lost now and then: Python drops what is raised inside
     a destructor or a weak reference's callback, and every import runs one of those.

@@ -1,10 +1,8 @@
-"""What an evaluation found: its numbers, as JSON and as a table, and the progress bar on the way there."""
+"""What an evaluation found: its numbers, as JSON and as a table."""
 
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from nanoserve import __version__
 from nanoserve.eval_questions import Suite
@@ -19,10 +17,6 @@ METHOD: Mapping[str, str] = {
     "which both are told: the prompt by prefill, then a decode step a token",
     "perplexity": "of the first candidate's generated tokens, at the same positions",
 }
-
-_LINE_EVERY = 5.0
-_BAR_EVERY = 0.1
-_WIDTH = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,25 +187,3 @@ class Report:
         for comparison in self.comparisons:
             lines += ["", *comparison.lines()]
         return "\n".join(lines)
-
-
-class QuestionBar:
-    """Progress over questions, on stderr: a bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, label: str, stream: TextIO | None = None) -> None:
-        self._label = label
-        self._stream = sys.stderr if stream is None else stream
-        self._shown = time.perf_counter()
-
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Show the state, if it is time to; the last call (done == total) always shows."""
-        now, last, on_terminal = time.perf_counter(), done >= total, self._stream.isatty()
-        if not last and now - self._shown < (_BAR_EVERY if on_terminal else _LINE_EVERY):
-            return
-        self._shown = now
-        text = f"{self._label} {done / total:4.0%}  {done:,} of {total:,} questions  {note}".rstrip()
-        if on_terminal:
-            filled = done * _WIDTH // total
-            text = "\r" + "█" * filled + "░" * (_WIDTH - filled) + f" {text}"
-        self._stream.write(text + "\n" * (last or not on_terminal))
-        self._stream.flush()

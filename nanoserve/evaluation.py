@@ -9,10 +9,11 @@ from torch import Tensor
 from nanoserve.errors import ConfigError
 from nanoserve.eval_local import Answer, LocalCandidate, LocalRunner, encode
 from nanoserve.eval_questions import Suite
-from nanoserve.eval_report import Comparison, Drift, QuestionBar, Report, Row
+from nanoserve.eval_report import Comparison, Drift, Report, Row
 from nanoserve.eval_server import ServerCandidate, ServerRunner
 from nanoserve.eval_stats import percentile, perplexity
 from nanoserve.local import LocalEngine
+from nanoserve.progress import QuestionBar
 
 KL_QUESTIONS = 50
 """Questions whose distributions are compared, unless told otherwise."""

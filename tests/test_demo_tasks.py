@@ -96,6 +96,14 @@ def test_calls_are_typed_by_the_schema_and_only_one_counts() -> None:
     assert called(call.replace("=f>", "=g>"), declared) is None
 
 
+def test_a_call_with_a_number_of_another_type_is_wrong() -> None:
+    declared = ({"function": {"name": "f", "parameters": {"properties": {"n": {"type": "integer"}}}}},)
+    problem = Problem((), declared, {"name": "f", "arguments": {"n": 5}}, 1)
+    call = "<tool_call>\n<function=f>\n<parameter=n>\n5\n</parameter>\n</function>\n</tool_call>"
+    assert grade("tools", problem, call)
+    assert not grade("tools", problem, call.replace("5", "5.0"))
+
+
 def test_json_numbers_must_be_of_the_right_type() -> None:
     problem = Problem((), (), {"a": 1}, 1)
     assert grade("json", problem, '</think>\n{"a": 1}')

@@ -25,15 +25,19 @@ from nanoserve.config import EngineConfig
 from nanoserve.errors import ConfigError, EngineError, NanoserveError, RequestError
 from nanoserve.eval_local import Answer, LocalCandidate, parse_spec
 from nanoserve.eval_questions import Question, Suite, read_suite
-from nanoserve.eval_report import Comparison, QuestionBar, Report, Row
+from nanoserve.eval_report import Comparison, Report, Row
 from nanoserve.eval_server import ServerCandidate
 from nanoserve.evaluation import Reference, evaluate, kl_divergence
 from nanoserve.local import LocalEngine
+from nanoserve.progress import QuestionBar
 from nanoserve.tokenizer import Tokenizer
 
 SEED = 77
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
-QUIET: Callable[[object, bool], None] = lambda prepared, has_tokenizer: None  # noqa: E731
+
+
+def quiet(prepared: object, has_tokenizer: bool) -> None:
+    """Announces nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ def suite(count: int = 4, task: Any = "arithmetic") -> Suite:
 
 
 def candidate(path: Path, label: str = "first", **options: Any) -> LocalCandidate:
-    return LocalCandidate(label, path, EngineConfig(device="cpu", max_context=512, **options), QUIET)
+    return LocalCandidate(label, path, EngineConfig(device="cpu", max_context=512, **options), quiet)
 
 
 class TestQuestions:
@@ -284,17 +288,17 @@ class TestSideBySide:
                 evaluate(suite(), candidates, kl_questions=kl_questions)
 
     def test_an_answer_that_could_be_cut_is_refused(self, random_checkpoint: Path) -> None:
-        short = LocalCandidate("short", random_checkpoint, EngineConfig(device="cpu", max_context=32), QUIET)
+        short = LocalCandidate("short", random_checkpoint, EngineConfig(device="cpu", max_context=32), quiet)
         with pytest.raises(RequestError, match="holds 32"):
             evaluate(suite(), [short])
 
     def test_specs(self, random_checkpoint: Path) -> None:
         base = EngineConfig(device="cpu", max_context=99, ops={"router": "torch"})
-        got = parse_spec("dtype=bfloat16, kv-dtype=fp8,op:head=torch", random_checkpoint, base, QUIET)
+        got = parse_spec("dtype=bfloat16, kv-dtype=fp8,op:head=torch", random_checkpoint, base, quiet)
         assert got.path == random_checkpoint
         ops = {"router": "torch", "head": "torch"}
         assert got.config == EngineConfig("cpu", "bfloat16", "fp8", 99, ops=ops)
-        assert parse_spec("model=/a/b", None, base, QUIET).path == Path("/a/b")
+        assert parse_spec("model=/a/b", None, base, quiet).path == Path("/a/b")
         for spec, words in (
             ("dtyp=float32", "'dtyp'; known are model, device, dtype, kv-dtype, op:NAME"),
             ("dtype", "NAME=VALUE"),
@@ -305,9 +309,9 @@ class TestSideBySide:
             ("op:=torch", "NAME=BACKEND"),
         ):
             with pytest.raises(ConfigError, match=words):
-                parse_spec(spec, random_checkpoint, base, QUIET)
+                parse_spec(spec, random_checkpoint, base, quiet)
         with pytest.raises(ConfigError, match="model=DIR"):
-            parse_spec("dtype=float32", None, base, QUIET)
+            parse_spec("dtype=float32", None, base, quiet)
 
 
 class TestReport:

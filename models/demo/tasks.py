@@ -90,7 +90,8 @@ def grade(task: Task, problem: Problem, text: str) -> bool:
         case "recall":
             return content.rstrip(".").strip() == problem.answer
         case "tools":
-            return called(content, problem.tools) == problem.answer
+            call, right = called(content, problem.tools), problem.answer
+            return call == right and _types(call["arguments"]) == _types(right["arguments"])
 
 
 def _json(text: str) -> Any:
