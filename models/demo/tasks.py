@@ -91,7 +91,7 @@ def grade(task: Task, problem: Problem, text: str) -> bool:
             return content.rstrip(".").strip() == problem.answer
         case "tools":
             call, right = called(content, problem.tools), problem.answer
-            return call == right and _types(call["arguments"]) == _types(right["arguments"])
+            return call is not None and call == right and _types(call["arguments"]) == _types(right["arguments"])
 
 
 def _json(text: str) -> Any:
