@@ -24,7 +24,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, place: Tensor) -> Tensor:
     rows = (place == 0).cumsum(dim=-1)
     length = place.shape[-1]
     if q.device.type != "cuda":
-        same = (rows.unsqueeze(-1) == rows.unsqueeze(-2)) & torch.ones(length, length, dtype=torch.bool).tril()
+        causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        same = (rows.unsqueeze(-1) == rows.unsqueeze(-2)) & causal
         return F.scaled_dot_product_attention(q, k, v, attn_mask=same.unsqueeze(1), enable_gqa=True)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
