@@ -4,12 +4,9 @@ import argparse
 import io
 import json
 import os
-import secrets
-import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,6 +25,7 @@ from nanoserve.config import (
 from nanoserve.config import build as build_config
 from nanoserve.errors import ConfigError, NanoserveError
 from nanoserve.eval_questions import DEFAULT_COUNT, TaskName
+from nanoserve.files import DEMO_MODEL
 
 if TYPE_CHECKING:
     from nanoserve.startup import Prepared
@@ -81,8 +79,8 @@ def _run(options: argparse.Namespace) -> int:
     engine_options, server_options = _sections(options)
     check_origins(server_options)
     with ExitStack() as stack:
-        path = stack.enter_context(_model_directory(options.model, *_ENDING, signal.SIGINT))
-        checkpoint = open_checkpoint(path)
+        stack.enter_context(_leaving_at_once(*_ENDING, signal.SIGINT))
+        checkpoint = open_checkpoint(_model(options))
         defaults = sampling_defaults(checkpoint.generation_config)
         tokenizer = Tokenizer.load(checkpoint.directory)
         socket = stack.enter_context(server.bind(server_options))
@@ -103,15 +101,14 @@ def _run(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _leaving_at_once(*signals: signal.Signals, clean_up: Callable[[], object]) -> Generator[None]:
-    """A signal cleans up and ends the process there and then; `server.serve` has handlers of its own for some.
+def _leaving_at_once(*signals: signal.Signals) -> Generator[None]:
+    """A signal ends the process there and then; `server.serve` has handlers of its own for some.
 
     Raising an exception in the handler instead would be lost now and then: Python drops what is raised inside
     a destructor or a weak reference's callback, and every import runs one of those.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        clean_up()
         os._exit(128 + number)
 
     # A signal that was ignored when we came stays so: that is what nohup, and a shell's &, ask for.
@@ -124,35 +121,12 @@ def _leaving_at_once(*signals: signal.Signals, clean_up: Callable[[], object]) -
             signal.signal(number, handler)
 
 
-@contextmanager
-def _model_directory(model: Path | None, *signals: signal.Signals) -> Generator[Path]:
-    """The MODEL given, or a random checkpoint that is gone afterwards, also when one of ``signals`` ends us."""
-    if model is not None:
-        with _leaving_at_once(*signals, clean_up=lambda: None):
-            yield model
-        return
-    # Named before it is made, so that there is no moment at which a signal could leave it behind.
-    directory = Path(tempfile.gettempdir()) / f"nanoserve-{secrets.token_hex(8)}"
-
-    def clean_up() -> None:
-        shutil.rmtree(directory, ignore_errors=True)
-
-    with _leaving_at_once(*signals, clean_up=clean_up):
-        try:
-            directory.mkdir(mode=0o700)
-            yield _random_checkpoint(directory)
-        finally:
-            clean_up()
-
-
-def _random_checkpoint(directory: Path) -> Path:
-    from nanoserve.random_checkpoint import write_random_checkpoint
-
-    _say(
-        "no MODEL given: serving a small Nemotron-H with RANDOM weights in the released Lightning format.\n"
-        "It answers with noise; it shows that the engine and your client work."
-    )
-    return write_random_checkpoint(directory / "random-nemotron-h")
+def _model(options: argparse.Namespace) -> Path:
+    """The MODEL given, or the one in the box."""
+    if options.model is not None:
+        return options.model
+    _say("no MODEL given: the demonstration model in the box, a small Nemotron-H in the released Lightning format")
+    return DEMO_MODEL
 
 
 def _announce(prepared: "Prepared", has_tokenizer: bool) -> None:
@@ -184,12 +158,13 @@ def _generate(options: argparse.Namespace) -> int:
     sampling = {name: getattr(options, name) for name in ("max_tokens", "temperature", "seed")}
     SamplingParams(**{name: value for name, value in sampling.items() if value is not None})  # faults come early
     with ExitStack() as stack:
-        path = stack.enter_context(_model_directory(options.model, *_ENDING))
-        checkpoint = open_checkpoint(path)
+        stack.enter_context(_leaving_at_once(*_ENDING))
+        checkpoint = open_checkpoint(_model(options))
         tokenizer = Tokenizer.load(checkpoint.directory)
         if tokenizer is None:
+            where = checkpoint.directory
             raise ConfigError(
-                f"{path} has no tokenizer.json, and --prompt is text: use the Python API with token ids"
+                f"{where} has no tokenizer.json, and --prompt is text: use the Python API with token ids"
             )
         prepared = prepare(checkpoint, engine_options)
         _announce(prepared, has_tokenizer=True)
@@ -214,7 +189,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from nanoserve.inspection import inspect_checkpoint
 
     engine_options, _ = _sections(options)
-    report = inspect_checkpoint(open_checkpoint(options.model, weights=False), engine_options)
+    report = inspect_checkpoint(open_checkpoint(_model(options), weights=False), engine_options)
     print(json.dumps(report.data(), indent=1) if options.json else report.text())
     return 0
 
@@ -238,7 +213,8 @@ def _eval(options: argparse.Namespace) -> int:
         if options.url:
             first: Candidate = ServerCandidate(options.url, server_options.api_key)
         else:
-            path = Path(stack.enter_context(_model_directory(options.model, *_ENDING)))
+            stack.enter_context(_leaving_at_once(*_ENDING))
+            path = Path(_model(options))
             first = LocalCandidate(path.resolve().name, path, engine_options, _announce)
         others = [parse_spec(spec, path, engine_options, _announce) for spec in options.against or ()]
         given = KL_QUESTIONS if options.kl_questions is None else options.kl_questions
@@ -287,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="run | generate | inspect | eval")
 
     run = commands.add_parser("run", help="serve a checkpoint over HTTP")
-    _model(run, "?", "checkpoint directory; without it, a small random model is written and served")
+    _model_argument(run)
     _engine_options(run)
     run.add_argument("--host", help="address to bind (default 127.0.0.1)")
     run.add_argument("--port", type=int, help="port to bind (default 8000; 0 takes a free one)")
@@ -301,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     generate = commands.add_parser("generate", help="continue one prompt and exit")
-    _model(generate, "?", "checkpoint directory; without it, a small random model")
+    _model_argument(generate)
     _engine_options(generate)
     generate.add_argument("--prompt", required=True, help="text to continue")
     generate.add_argument("--chat", action="store_true", help="send the prompt as a user's message")
@@ -312,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(command=_generate)
 
     inspect = commands.add_parser("inspect", help="layers, precision, memory plan; loads nothing")
-    _model(inspect, None, "checkpoint directory, or one with only its JSON files")
+    _model_argument(inspect, "checkpoint directory, or one with only its JSON files")
     _engine_options(inspect)
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(command=_inspect)
@@ -323,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", metavar="TASK", choices=get_args(TaskName), help=" | ".join(get_args(TaskName)))
-    _model(parser, "?", "checkpoint directory; without it, as for `run`")
+    _model_argument(parser)
     _engine_options(parser)
     parser.add_argument(
         "--count", type=int, help=f"questions to ask (default {DEFAULT_COUNT}; gsm8k: all of the file)"
@@ -352,8 +328,8 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_eval)
 
 
-def _model(parser: argparse.ArgumentParser, count: str | None, text: str) -> None:
-    parser.add_argument("model", metavar="MODEL", nargs=count, help=text)
+def _model_argument(parser: argparse.ArgumentParser, text: str = "checkpoint directory") -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{text} (default: the demonstration model)")
 
 
 def _engine_options(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,9 @@ from typing import Any, BinaryIO, cast
 from nanoserve.errors import CheckpointError
 
 AGAIN = "download the file again"
+DEMO_MODEL = Path(__file__).parent / "models" / "demo" / "nanoserve-demo"
+"""The small model in the box, which serves where no MODEL is given."""
+
 JSON_LIMIT = 100_000_000
 """Bytes of a JSON file or header at most: the safetensors library's own limit."""
 

@@ -16,6 +16,7 @@ from nanoserve.choice import Choice, Piece
 from nanoserve.config import EngineConfig, build
 from nanoserve.engine import ForcedRequest
 from nanoserve.errors import EngineError, RequestError
+from nanoserve.files import DEMO_MODEL
 from nanoserve.request import (
     FinishReason,
     Request,
@@ -260,11 +261,11 @@ def _quiet(done: int, total: int) -> None:
     """No progress: libraries do not print."""
 
 
-def load(path: str | Path, *, progress: Progress = _quiet, **options: Any) -> LocalEngine:
+def load(path: str | Path | None = None, *, progress: Progress = _quiet, **options: Any) -> LocalEngine:
     """Open a checkpoint directory and load it.
 
     Args:
-        path: the directory.
+        path: the directory; None is the demonstration model in the box.
         progress: called with (bytes read, bytes in all).
         options: fields of `EngineConfig`, above the environment and its defaults.
 
@@ -272,18 +273,18 @@ def load(path: str | Path, *, progress: Progress = _quiet, **options: Any) -> Lo
         NanoserveError: the options, the checkpoint, or the memory plan; see `nanoserve.errors`.
     """
     config = build(EngineConfig, options)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(DEMO_MODEL if path is None else path)
     tokenizer = Tokenizer.load(checkpoint.directory)
     return LocalEngine(prepare(checkpoint, config), tokenizer, progress)
 
 
 def generate(
-    path: str | Path, prompt: Prompt, *, options: Mapping[str, Any] | None = None, **sampling: Any
+    path: str | Path | None, prompt: Prompt, *, options: Mapping[str, Any] | None = None, **sampling: Any
 ) -> Completion:
     """Load, answer one prompt, close: the one-liner.
 
     Args:
-        path: the checkpoint directory.
+        path: the checkpoint directory; None is the demonstration model in the box.
         prompt: a string, chat messages, or token ids.
         options: fields of `EngineConfig`.
         sampling: fields of `SamplingParams`.

@@ -1,7 +1,9 @@
 """Conversations to rows of token ids: which share each task gets, which tokens are learnt, how they are packed."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -173,3 +175,11 @@ class Rows(IterableDataset[dict[str, Tensor]]):
         for row in rows(tokenizer, Random(f"training {self._seed} {info.id if info else 0}")):
             # Small, since containers often give little shared memory; the numbers are for examinations only.
             yield {"ids": row["ids"].int(), "place": row["place"].int(), "weights": row["weights"]}
+
+
+def write_calibration(tokenizer_directory: Path, file: Path, count: int = 200) -> None:
+    """Conversations as lines of token ids, for the export's FP8 scales; the same every time."""
+    tokenizer = Tokenizer.load(tokenizer_directory)
+    assert tokenizer is not None
+    chosen = islice(documents(tokenizer, Random("calibration")), count)
+    file.write_text("".join(f"{json.dumps(one.ids.tolist())}\n" for one in chosen), encoding="utf-8")

@@ -3,7 +3,7 @@
 Those of the examined tasks are held out; small talk and earlier turns are fresh draws of what is trained on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -17,6 +17,17 @@ from nanoserve.models.demo.examples import Example
 from nanoserve.models.demo.network import Network
 from nanoserve.tokenizer import Tokenizer
 
+_MAKERS: Mapping[str, Callable[[Random], Example]] = {
+    "arithmetic": arithmetic.example,
+    "tools": tools.example,
+    "json": structured.example,
+    "earlier": recall.earlier_turn,
+    "recall_1k": lambda rng: recall.long_text(rng, 1000),
+    "recall_4k": lambda rng: recall.long_text(rng, 4096),
+    "recall_8k": lambda rng: recall.long_text(rng, 8192),
+    "talk": conversation.example,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class ProgressSet:
@@ -28,26 +39,25 @@ class ProgressSet:
     @classmethod
     def make(cls, tokenizer_directory: Path, batch: int, count: int) -> "ProgressSet":
         """``count`` conversations a task (fewer of the long ones), packed into batches of ``batch`` rows."""
-        tokenizer = Tokenizer.load(tokenizer_directory)
-        assert tokenizer is not None
-        rng = Random("progress")
-        makers: dict[str, tuple[Callable[[Random], Example], int]] = {
-            "arithmetic": (arithmetic.example, count),
-            "tools": (tools.example, count),
-            "json": (structured.example, count),
-            "earlier": (recall.earlier_turn, count),
-            "recall_1k": (lambda r: recall.long_text(r, 1000), count // 3),
-            "recall_4k": (lambda r: recall.long_text(r, 4096), count // 5),
-            "recall_8k": (lambda r: recall.long_text(r, 8192), count // 8),
-            "talk": (conversation.example, count),
-        }
-        found: list[tuple[str, Document]] = []
-        for name, (make, wanted) in makers.items():
-            while sum(1 for other, _ in found if other == name) < wanted:
-                example = make(rng)
-                if example.held_out or name in ("talk", "earlier"):
-                    found.append((name, document(tokenizer, example)))
+        long = {"recall_1k": count // 3, "recall_4k": count // 5, "recall_8k": count // 8}
+        found = documents(tokenizer_directory, dict.fromkeys(_MAKERS, count) | long)
         return cls(pack([one for _, one in found], batch), [name for name, _ in found])
+
+
+def documents(tokenizer_directory: Path, counts: Mapping[str, int]) -> list[tuple[str, Document]]:
+    """(task, conversation) pairs, so many of each task; always the same ones."""
+    tokenizer = Tokenizer.load(tokenizer_directory)
+    assert tokenizer is not None
+    rng = Random("progress")
+    found: list[tuple[str, Document]] = []
+    for name, wanted in counts.items():
+        have = 0
+        while have < wanted:
+            example = _MAKERS[name](rng)
+            if example.held_out or name in ("talk", "earlier"):
+                found.append((name, document(tokenizer, example)))
+                have += 1
+    return found
 
 
 @torch.no_grad()

@@ -63,23 +63,28 @@ CONFIG: Mapping[str, Any] = {
 _MATRICES = ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
-def tensors(network: Network) -> dict[str, Tensor]:
-    """Every tensor under its released name: BF16, but the router's correction bias, which is float32."""
-    named = {
+def named(network: Network) -> dict[str, Tensor]:
+    """Every tensor under its released name; writing into one writes into the network."""
+    found = {
         "backbone.embeddings.weight": network.embeddings,
         "backbone.norm_f.weight": network.norm_f,
         "lm_head.weight": network.head.weight,
     }
     for index, layer in enumerate(network.layers):
-        named |= dict(_layer(f"backbone.layers.{index}.", layer))
+        found |= dict(_layer(f"backbone.layers.{index}.", layer))
     draft = network.draft
     for name in ("enorm", "hnorm", "eh_proj"):
-        named[f"mtp.layers.0.{name}.weight"] = getattr(draft, name)
-    named["mtp.layers.1.final_layernorm.weight"] = draft.final_layernorm
-    named |= dict(_layer("mtp.layers.0.", draft.attention)) | dict(_layer("mtp.layers.1.", draft.moe))
+        found[f"mtp.layers.0.{name}.weight"] = getattr(draft, name)
+    found["mtp.layers.1.final_layernorm.weight"] = draft.final_layernorm
+    found |= dict(_layer("mtp.layers.0.", draft.attention)) | dict(_layer("mtp.layers.1.", draft.moe))
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def tensors(network: Network) -> dict[str, Tensor]:
+    """What is written: BF16, but the router's correction bias, which is float32."""
     return {
-        name: tensor.detach().cpu().to(torch.float32 if "e_score" in name else torch.bfloat16).contiguous()
-        for name, tensor in named.items()
+        name: tensor.cpu().to(torch.float32 if "e_score" in name else torch.bfloat16).contiguous()
+        for name, tensor in named(network).items()
     }
 
 
@@ -117,8 +122,8 @@ def write(network: Network, directory: Path) -> str:
     """Write the BF16 checkpoint; the SHA-256 of its model.safetensors."""
     directory.mkdir(parents=True, exist_ok=True)
     write_demo_tokenizer(directory)
-    _write_json(directory / "config.json", CONFIG)
-    _write_json(
+    write_json(directory / "config.json", CONFIG)
+    write_json(
         directory / "generation_config.json", {"eos_token_id": [2, 11], "bos_token_id": 1, "pad_token_id": 0}
     )
     file = directory / "model.safetensors"
@@ -131,5 +136,6 @@ def config() -> NemotronHConfig:
     return NemotronHConfig.from_json(CONFIG)
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """A file as the released ones are written: one value a line."""
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
