@@ -132,12 +132,15 @@ def _model(options: argparse.Namespace) -> Path:
 def _announce(prepared: "Prepared", has_tokenizer: bool) -> None:
     """What will run and what it will take, before a weight is read."""
     from nanoserve.kernels.table import describe
+    from nanoserve.startup import cpu_threads
 
     _say(f"{prepared.checkpoint.directory}: {prepared.device.type}, activations {prepared.shape.conv_dtype}")
     for purpose, amount in prepared.memory.rows():
         _say(f"  {purpose:<16} {amount}")
     for line in describe(prepared.ops.report):
         _say(f"  ops              {line}")
+    if (threads := cpu_threads(prepared)) is not None:
+        _say(f"  CPU threads      {threads} (the fastest for a small model; OMP_NUM_THREADS is heard)")
     if prepared.manifest.skipped_mtp:
         count, skipped = prepared.manifest.skipped_mtp, prepared.manifest.skipped_mtp_bytes
         _say(f"  not read         {count} tensors of the MTP block, {skipped / 1e9:.3g} GB (no speculation yet)")
