@@ -10,6 +10,7 @@ NanoserveError
 │   ├── ContextLengthError   the prompt leaves no room in the context for an answer
 │   └── QueueFull            too many requests wait (HTTP 503 with Retry-After)
 └── EngineError          the engine failed; every waiting request is told (HTTP 500)
+    └── ServerUnreachable    a server that was to be asked is not there
 """
 
 
@@ -96,3 +97,10 @@ class QueueFull(RequestError):
 
 class EngineError(NanoserveError):
     """The engine failed or is not ready; the cause is in the server's log."""
+
+
+class ServerUnreachable(EngineError):
+    """Nobody listens at a server's address."""
+
+    def __init__(self, where: str, cause: OSError) -> None:
+        super().__init__(f"{where}: {cause.strerror or cause}: is the server running?")
