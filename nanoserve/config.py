@@ -21,6 +21,8 @@ KvDtypeChoice = Literal["auto", "float32", "bfloat16", "fp8"]
 
 ENV_PREFIX = "NANOSERVE_"
 
+_TRUTHS = {"1": True, "true": True, "0": False, "false": False}
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -62,7 +64,8 @@ class ServerConfig:
         host: address to bind; loopback by default, and then only local Host headers are answered.
         port: TCP port; 0 takes a free one.
         served_model_name: the model's name on the wire; None takes the directory's name.
-        api_key: when set, every route but /health needs it. Never on the command line, where `ps` shows it.
+        api_key: when set, every route but /health and the page at / needs it. Never on the command line, where
+            `ps` shows it.
         allowed_hosts: Host names answered besides the local ones, when bound to loopback.
         cors_origins: origins that a browser page may call from.
         max_queue: requests that may wait for the engine; one more gets a 503.
@@ -71,6 +74,9 @@ class ServerConfig:
         body_timeout: time a client has to send a request's body.
         drain_timeout: time that running requests have after SIGTERM.
         ping_interval: an SSE comment is sent after this much silence.
+        hang_timeout: /health turns red when a running request makes no step for so long; None takes 20 s on a
+            GPU and 600 s on a CPU, where one step of a prefill may take minutes.
+        log_json: write the log as one JSON object a line.
     """
 
     host: str = "127.0.0.1"
@@ -85,14 +91,16 @@ class ServerConfig:
     body_timeout: float = 30.0
     drain_timeout: float = 30.0
     ping_interval: float = 15.0
+    hang_timeout: float | None = None
+    log_json: bool = False
 
     def __post_init__(self) -> None:
         _need("port", self.port, 0 <= self.port <= 65535, "in [0, 65535]")
         _need("max_queue", self.max_queue, self.max_queue >= 0, "at least 0")
         _need("max_body_bytes", self.max_body_bytes, self.max_body_bytes >= 1024, "at least 1024")
-        for name in ("header_timeout", "body_timeout", "drain_timeout", "ping_interval"):
-            value: float = getattr(self, name)
-            _need(name, value, value > 0, "more than 0 seconds")
+        for name in ("header_timeout", "body_timeout", "drain_timeout", "ping_interval", "hang_timeout"):
+            value: float | None = getattr(self, name)
+            _need(name, value, value is None or value > 0, "more than 0 seconds")
         _need("api_key", "…", self.api_key is None or bool(self.api_key.strip()), "a non-empty string")
 
 
@@ -172,7 +180,7 @@ def _known(name: str, names: set[str], where: str) -> None:
 def _typed(name: str, value: object, hint: Any) -> object:
     """The value as the field's type; TOML arrays become tuples, whole numbers serve where floats go."""
     options: tuple[Any, ...] = get_args(hint)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if (hint is float or float in options) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint == tuple[str, ...] and isinstance(value, list | tuple):
         items = cast("list[object] | tuple[object, ...]", value)
@@ -185,7 +193,7 @@ def _typed(name: str, value: object, hint: Any) -> object:
     elif options and value in options and not isinstance(value, bool):
         return value  # one of a Literal's words
     elif type(value) in (hint, *options):
-        return value  # int, str, int | None, …; bool is none of ours
+        return value  # int, str, int | None, …
     raise ConfigError(f"{name} is {value!r} and must be {_describe(hint)}")
 
 
@@ -195,11 +203,15 @@ def _parsed(name: str, text: str, hint: Any) -> object:
     try:
         if hint is int or int in options:
             return int(text)
-        if hint is float:
+        if hint is float or float in options:
             return float(text)
     except ValueError as error:
         variable = ENV_PREFIX + name.upper()
         raise ConfigError(f"{variable} is {text!r} and must be {_describe(hint)}") from error
+    if hint is bool:
+        if text.lower() not in _TRUTHS:
+            raise ConfigError(f"{ENV_PREFIX}{name.upper()} is {text!r} and must be one of {', '.join(_TRUTHS)}")
+        return _TRUTHS[text.lower()]
     if hint == tuple[str, ...]:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if hint == Mapping[str, str]:

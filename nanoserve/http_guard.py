@@ -19,10 +19,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanoserve.config import ServerConfig
 from nanoserve.errors import ConfigError, RequestError
+from nanoserve.logs import log_request
 from nanoserve.metrics import Metrics, RequestRecord
 from nanoserve.protocol import error_object
 
-log = logging.getLogger("nanoserve.access")
+log = logging.getLogger("nanoserve.http")
 
 LINGER_BYTES = 32 * 1024 * 1024
 LINGER_SECONDS = 2.0
@@ -30,7 +31,9 @@ LINGER_SECONDS = 2.0
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9-]+(?: ?, ?[A-Za-z0-9-]+){0,63}")
-_QUIET_PATHS = ("/health", "/metrics")
+_OPEN_PATHS = ("/health", "/")
+"""What needs no key: the page holds no secret, and asks for the key itself."""
+
 _RECORD = "nanoserve.record"
 _ID = "nanoserve.id"
 
@@ -171,7 +174,7 @@ class Guard:
                 )
         finally:
             record.close()
-            _log_line(scope, record)
+            log_request(scope, record, request_id)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         """The answer to a request that may not pass."""
@@ -180,7 +183,7 @@ class Guard:
             return _error(403, message, "invalid_request_error", "host_not_allowed")
         if scope["method"] == "OPTIONS" and headers.get("origin") in self._origins:
             return Response(status_code=204)
-        if scope["path"] != "/health" and self._key is not None and not self._has_key(headers):
+        if scope["path"] not in _OPEN_PATHS and self._key is not None and not self._has_key(headers):
             message = "a valid API key is needed: send Authorization: Bearer KEY"
             refusal = _error(401, message, "authentication_error", "invalid_api_key")
             refusal.headers["www-authenticate"] = "Bearer"
@@ -258,18 +261,3 @@ def _is_allowed(header: str | None, hosts: frozenset[str]) -> bool:
         return False
     name = (match[1] or match[2]).lower().rstrip(".")
     return name in hosts or is_loopback(name)
-
-
-def _log_line(scope: Scope, record: RequestRecord) -> None:
-    """One line a request; a path's control characters are escaped, and no prompt is in it."""
-    path = scope["path"].encode("unicode_escape").decode("ascii")[:200]
-    words = [f"{scope['method']} {path} {record.status or 499} {record.seconds() * 1e3:.1f} ms"]
-    if record.finish is not None:
-        words.append(f"prompt_tokens={record.prompt_tokens} completion_tokens={record.completion_tokens}")
-        if record.ttft is not None:
-            words.append(f"ttft={record.ttft * 1e3:.1f} ms")
-        if (speed := record.tokens_per_second()) is not None:
-            words.append(f"{speed:.1f} tok/s")
-        words.append(f"finish={record.finish}")
-    level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
-    log.log(level, "%s id=%s", " ".join(words), request_id_of(scope))

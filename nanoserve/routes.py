@@ -35,6 +35,7 @@ from nanoserve.http_guard import (
     request_id_of,
 )
 from nanoserve.metrics import Metrics
+from nanoserve.page import page
 from nanoserve.parameters import Limits, choice_requests, parse_model
 from nanoserve.protocol import Fields, checked_text, decode_json, error_answer, error_object, token_ids
 from nanoserve.tokenizer import Tokenizer
@@ -116,6 +117,7 @@ class Routes:
     def table(self) -> list[Route]:
         """Path, handler and method of every endpoint."""
         get: dict[str, _Handler] = {
+            "/": page(),
             "/health": self.health,
             "/metrics": self.metrics,
             "/version": self.version,
@@ -148,7 +150,9 @@ class Routes:
         return response
 
     async def health(self, request: HttpRequest) -> Response:
-        """200 when requests are taken, otherwise 503 with the worker's state."""
+        """200 when requests are taken and answered, otherwise 503 with the worker's state."""
+        if (reason := self._service.worker.hanging()) is not None:
+            return JsonResponse({"status": "hanging", "reason": reason}, status_code=503)
         state = self._service.worker.state
         if state == "ready":
             return JsonResponse({"status": "ok"})

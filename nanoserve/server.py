@@ -16,10 +16,11 @@ from nanoserve.config import ServerConfig
 from nanoserve.errors import ConfigError, NanoserveError
 from nanoserve.http_guard import is_loopback
 from nanoserve.http_timeouts import MAX_HEADER_BYTES, timed_protocol
+from nanoserve.logs import log_to_stderr
 from nanoserve.routes import Service, create_app
 from nanoserve.worker import CANCEL_GRACE, Worker, WorkerState
 
-__all__ = ["Service", "bind", "create_app", "leave", "serve"]
+__all__ = ["Service", "bind", "create_app", "hang_timeout", "leave", "serve"]
 
 log = logging.getLogger("nanoserve.server")
 
@@ -37,6 +38,15 @@ FLUSH_TIME = 3
 
 CLOSE_TIME = 3.0
 """Seconds that the worker's thread has to end; one that is loading or hangs cannot be interrupted."""
+
+
+HANG_TIMEOUTS = {"cuda": 20.0, "cpu": 600.0}
+"""Seconds without a step; one of a large model's prefill takes a GPU less than one, and may take a CPU minutes."""
+
+
+def hang_timeout(config: ServerConfig, device: str) -> float:
+    """Seconds without a step after which the engine is said to hang, on a device of this type."""
+    return HANG_TIMEOUTS[device] if config.hang_timeout is None else config.hang_timeout
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -70,7 +80,7 @@ def serve(config: ServerConfig, service: Service, sock: socket.socket) -> int:
     Returns:
         Exit code: 0, or 1 when the model could not be loaded or the engine broke.
     """
-    _log_to_stderr()
+    log_to_stderr(as_json=config.log_json)
     patience = CLOSE_TIME
     try:
         server = Server(config, service, sock)
@@ -92,18 +102,6 @@ def leave(code: int, worker: Worker) -> int:
         sys.stdout.flush()
         os._exit(code)
     return code
-
-
-def _log_to_stderr() -> None:
-    """A handler for our own loggers, unless the program has set logging up itself."""
-    # uvicorn warns once a malformed request, with no word on which: anyone could fill the log with it.
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    logger = logging.getLogger("nanoserve")
-    if not logger.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
 
 
 def _connection_limit() -> int:
@@ -149,6 +147,7 @@ class Server(uvicorn.Server):
         self._options, self._service = config, service
         self._address = sock.getsockname()
         self._seen: WorkerState = "loading"
+        self._hung = False
         self._signals = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._give_up_at: float | None = None
@@ -172,6 +171,7 @@ class Server(uvicorn.Server):
         """Ten times a second: follow the worker and the signals; true ends the server."""
         self._loop = asyncio.get_running_loop()
         self._follow_worker()
+        self._watch_steps()
         if self._signals > 1:
             self._abort()
         elif self._signals == 1:
@@ -190,6 +190,15 @@ class Server(uvicorn.Server):
             if before == "loading":
                 self._tell_load_error()
                 self.should_exit = True
+
+    def _watch_steps(self) -> None:
+        """Log when the engine begins to hang, and when it goes on; /health says so by itself."""
+        reason = self._service.worker.hanging()
+        if reason is not None and not self._hung:
+            log.error("%s; /health is red", reason)
+        elif reason is None and self._hung:
+            log.warning("the engine goes on: it hung for a while")
+        self._hung = reason is not None
 
     def _tell_load_error(self) -> None:
         try:

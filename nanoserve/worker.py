@@ -74,16 +74,19 @@ class Worker:
     Args:
         load: builds the engine; called first, on the worker's thread.
         max_queue: requests that may wait behind the running one.
+        hang_timeout: seconds without a step of the running request after which the thread is said to hang.
 
     Attributes:
         state: ``loading`` → ``ready`` → ``draining`` → ``closed``; ``broken`` after a failure.
         failure: what broke it, in words fit for a client.
     """
 
-    def __init__(self, load: Callable[[], EngineLike], *, max_queue: int) -> None:
+    def __init__(self, load: Callable[[], EngineLike], *, max_queue: int, hang_timeout: float = math.inf) -> None:
         self.state: WorkerState = "loading"
         self.failure: str | None = None
         self._max_queue = max_queue
+        self._hang_timeout = hang_timeout
+        self._last_step = time.monotonic()
         self._engine: EngineLike | None = None
         self._load_error: NanoserveError | None = None
         self._waiting: deque[_Job] = deque()
@@ -108,6 +111,13 @@ class Worker:
     def ended(self) -> bool:
         """Whether the thread has ended; a program that exits while it has not would wait for it."""
         return not self._thread.is_alive()
+
+    def hanging(self) -> str | None:
+        """Why the thread is taken to hang; None while steps are made, or nothing runs."""
+        silence = time.monotonic() - self._last_step
+        if self._running is None or silence <= self._hang_timeout:
+            return None
+        return f"no step for {silence:.0f} s while a request runs: the engine's thread does not answer"
 
     def retry_after(self) -> int:
         """Whole seconds, from 1, after which a new request may find room: an estimate."""
@@ -275,6 +285,7 @@ class Worker:
                 if self._closing or _program_ended():
                     return None
                 self._changed.wait(_IDLE_POLL)
+            self._last_step = time.monotonic()
             self._running = self._waiting.popleft()
             return self._running
 
@@ -283,7 +294,7 @@ class Worker:
         assert self._engine is not None
         finish: Finish | None = None
         try:
-            for event in self._engine.generate(job.request, lambda: job.cancelled or _program_ended()):
+            for event in self._engine.generate(job.request, lambda: self._poll(job)):
                 if finish is not None:
                     raise EngineError(f"the engine sent {type(event).__name__} after the end")
                 if isinstance(event, Finish):
@@ -298,6 +309,11 @@ class Worker:
             log.exception("the engine failed on request %r", job.request.id)
             finish = self._break(error)
         self._deliver(job, finish)
+
+    def _poll(self, job: _Job) -> bool:
+        """Whether to stop; that the engine asks, once a step, is the sign that it works."""
+        self._last_step = time.monotonic()
+        return job.cancelled or _program_ended()
 
     def _break(self, error: BaseException) -> Finish:
         """Become broken and tell the waiting requests; the running one is told by the caller."""

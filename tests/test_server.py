@@ -233,7 +233,7 @@ class TestOtherRoutes:
         assert missing.json()["error"]["code"] == "model_not_found"
 
     @pytest.mark.parametrize(
-        "path", ["/", "/v1", "/collective_rpc", "/sleep", "/docs", "/openapi.json", "/v1/models/", CHAT + "/"]
+        "path", ["/v1", "/collective_rpc", "/sleep", "/docs", "/openapi.json", "/v1/models/", CHAT + "/"]
     )
     def test_unknown_paths(self, client: TestClient, path: str) -> None:
         response = client.get(path, follow_redirects=False)
