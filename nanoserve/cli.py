@@ -1,4 +1,4 @@
-"""``nanoserve run | generate | inspect | eval``: the composition root, which reads like the flow."""
+"""``nanoserve run | chat | generate | inspect | eval``: the composition root, which reads like the flow."""
 
 import argparse
 import io
@@ -44,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 1 after a `NanoserveError` or a failed write (told on one line), 130 after Ctrl-C.
     """
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the shell, as by >&-
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # for good
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # for good
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model writes what a terminal may not be able to show
@@ -87,7 +87,11 @@ def _run(options: argparse.Namespace) -> int:
         prepared = prepare(checkpoint, engine_options)
         _announce(prepared, tokenizer is not None)
         bar = LoadBar("weights")
-        worker = Worker(lambda: load_engine(prepared, bar), max_queue=server_options.max_queue)
+        worker = Worker(
+            lambda: load_engine(prepared, bar),
+            max_queue=server_options.max_queue,
+            hang_timeout=server.hang_timeout(server_options, prepared.device.type),
+        )
         service = server.Service(
             worker=worker,
             tokenizer=tokenizer,
@@ -146,6 +150,14 @@ def _announce(prepared: "Prepared", has_tokenizer: bool) -> None:
         _say(f"  not read         {count} tensors of the MTP block, {skipped / 1e9:.3g} GB (no speculation yet)")
     if not has_tokenizer:
         _say("  no tokenizer.json: only prompts of token ids can be served, at /v1/completions")
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from nanoserve.client import RemoteServer
+    from nanoserve.terminal import chat
+
+    key = _read_key(options.api_key_file) if options.api_key_file else None
+    return chat(RemoteServer(options.url, build_config(ServerConfig, {"api_key": key}).api_key))
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -263,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="nanoserve", description="One Nemotron-H model, one GPU, one stream of tokens."
     )
     parser.add_argument("--version", action="version", version=f"nanoserve {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="run | generate | inspect | eval")
+    commands = parser.add_subparsers(required=True, metavar="run | chat | generate | inspect | eval")
 
     run = commands.add_parser("run", help="serve a checkpoint over HTTP")
     _model_argument(run)
@@ -277,7 +289,15 @@ def _parser() -> argparse.ArgumentParser:
         "--allowed-host", action="append", dest="allowed_hosts", help="Host header to answer besides local ones"
     )
     run.add_argument("--cors-origin", action="append", dest="cors_origins", help="browser origin that may call")
+    run.add_argument("--log-json", action="store_true", default=None, help="log one JSON object a line")
     run.set_defaults(command=_run)
+
+    chat = commands.add_parser("chat", help="talk to a running server in the terminal")
+    chat.add_argument(
+        "url", metavar="URL", nargs="?", default="http://127.0.0.1:8000/v1", help="default %(default)s"
+    )
+    chat.add_argument("--api-key-file", type=Path, help="file with the server's API key (or NANOSERVE_API_KEY)")
+    chat.set_defaults(command=_chat)
 
     generate = commands.add_parser("generate", help="continue one prompt and exit")
     _model_argument(generate)
