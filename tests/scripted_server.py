@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,8 +124,13 @@ class _Handler(BaseHTTPRequestHandler):
             except OSError:
                 self.plan.left.set()
         else:
-            data = "[DONE]" if event == DONE else json.dumps(event)
-            self.wfile.write(f"data: {data}\n\n".encode())
+            text = "[DONE]" if event == DONE else json.dumps(event, ensure_ascii=False)
+            data = f": ping\n\ndata: {text}\n\n".encode()
+            # In two parts, as a network may cut it: inside a line, and inside a character where one is long.
+            cut = next((i + 1 for i, byte in enumerate(data) if byte > 127), len(data) // 2)
+            self.wfile.write(data[:cut])
+            time.sleep(0.002)
+            self.wfile.write(data[cut:])
 
     def _has_key(self) -> bool:
         key = self.plan.key

@@ -124,7 +124,7 @@ class Tab:
 def tab(browser: Browser) -> Iterator[Tab]:
     context = browser.new_context()
     context.set_default_timeout(20_000)
-    expect.set_options(timeout=20_000)
+    expect.set_options(timeout=5_000)
     page = context.new_page()
     tab = Tab(page)
 
@@ -150,6 +150,10 @@ def script(tab: Tab) -> Iterator[Script]:
             assert url.startswith((script.url, "data:")), url
 
 
+def content(text: str) -> object:
+    return delta(content=text)
+
+
 @needs_browser
 class TestConversation:
     @pytest.fixture(autouse=True)
@@ -159,14 +163,14 @@ class TestConversation:
         assert not tab.violations
 
     def test_an_answer_appears_as_it_comes(self, tab: Tab, script: Script) -> None:
-        reply = text_reply("Hel", "lo", " there")
+        reply = text_reply("Hël", "lö", " there")
         script.replies = [[*reply[:2], WAIT, *reply[2:]]]
         tab.ask("hi")
         log = tab.page.get_by_role("log")
-        expect(log.locator("article").nth(1)).to_have_text(re.compile("Hel$"))
+        expect(log.locator("article").nth(1)).to_have_text(re.compile("Hël$"))
         expect(tab.page.get_by_role("button", name="Send")).to_be_hidden()
         script.release.set()
-        expect(log.locator("article").nth(1)).to_have_text(re.compile("Hello there$"))
+        expect(log.locator("article").nth(1)).to_have_text(re.compile("Hëllö there$"))
         tab.whole()
         meter = r"21 tokens · [\d.]+ tok/s · TTFT \d\.\d\d s · context 41 of 512"
         expect(tab.page.get_by_role("status")).to_have_text(re.compile(f"^{meter}$"))
@@ -189,6 +193,10 @@ class TestConversation:
         tab.page.keyboard.press("Escape")
         expect(tab.page.get_by_label("Temperature")).to_be_hidden()
         tab.page.get_by_label("Message").fill("a")
+        tab.page.evaluate(  # an input method's Enter, which chooses a word
+            "document.activeElement.dispatchEvent("
+            "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true}))"
+        )
         tab.page.keyboard.press("Shift+Enter")
         tab.page.keyboard.type("b")
         tab.page.keyboard.press("Enter")
@@ -247,6 +255,20 @@ class TestConversation:
         tab.whole()
         expect(tab.page.locator("article pre")).to_have_text("x = '<b>'\n\ny")
         assert tab.page.locator("article p").all_inner_texts() == ["code", "Look:", "and\nthat"]
+
+    def test_the_end_stays_in_view_unless_the_reader_scrolls_up(self, tab: Tab, script: Script) -> None:
+        def to_end() -> float:
+            return tab.page.locator("main").evaluate("(m) => m.scrollHeight - m.scrollTop - m.clientHeight")
+
+        lines = [f"line {i}\n\n" for i in range(60)]
+        script.replies = [[*map(content, lines), WAIT, *map(content, lines), *text_reply("end")]]
+        tab.ask("much")
+        expect(tab.page.get_by_text("line 59")).to_be_in_viewport()
+        assert to_end() < 5
+        tab.page.locator("main").evaluate("(m) => { m.scrollTop -= 300; }")
+        script.release.set()
+        tab.whole()
+        assert to_end() > 1000
 
     def test_tool_calls_are_shown_and_answered(self, tab: Tab, script: Script) -> None:
         def piece(index: int, **fields: object) -> object:
@@ -320,7 +342,8 @@ class TestConversation:
         tab.ask("z" * 200)
         tab.whole()
         tab.page.get_by_text("Settings").click()
-        assert tab.page.evaluate("document.documentElement.scrollWidth") <= 320
+        for element in ("document.documentElement", "document.querySelector('main')"):
+            assert tab.page.evaluate(f"{element}.scrollWidth") <= 320
         for element in tab.page.locator("button:visible, textarea:visible, input:visible").all():
             box = element.bounding_box()
             assert box is not None
