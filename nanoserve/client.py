@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
-from nanoserve.errors import ConfigError, EngineError, NanoserveError, RequestError, ServerUnreachable
+from nanoserve.errors import ConfigError, EngineError, NanoserveError, RequestError, ServerBusy, ServerUnreachable
 
 TIMEOUT = 600.0
 """Seconds without a byte; a whole answer comes at once, and its request may wait for another's."""
@@ -38,6 +38,7 @@ class RemoteServer:
         Raises:
             RequestError: status 4xx.
             ServerUnreachable: nobody listens there.
+            ServerBusy: it has no room, and says when it may have.
             EngineError: any other failure.
         """
         with self._ask(method, path, body) as response:
@@ -51,7 +52,8 @@ class RemoteServer:
         """The events of a streamed answer; closing the iterator ends the request.
 
         Raises:
-            RequestError, ServerUnreachable, EngineError: as `call`; EngineError also when the answer breaks off.
+            RequestError, ServerUnreachable, ServerBusy, EngineError: as `call`; the last also when the answer
+                breaks off.
         """
         with self._ask("POST", path, {**body, "stream": True}) as response:
             for line in response:
@@ -115,8 +117,9 @@ def _json(content: bytes) -> object:
 def _refusal(where: str, response: http.client.HTTPResponse) -> NanoserveError:
     content = response.read()
     message = f"{where} answered {response.status}: {_message(_json(content), content)}"
-    if wait := response.headers.get("retry-after"):
-        message += f" (Retry-After: {_words(wait.encode())} s)"
+    wait = response.headers.get("retry-after", "")
+    if response.status in (429, 503) and wait.isascii() and wait.isdecimal() and len(wait) < 6:
+        return ServerBusy(message, int(wait))
     if 400 <= response.status < 500:
         return RequestError(message, status=response.status)
     return EngineError(message)

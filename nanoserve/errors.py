@@ -10,7 +10,8 @@ NanoserveError
 │   ├── ContextLengthError   the prompt leaves no room in the context for an answer
 │   └── QueueFull            too many requests wait (HTTP 503 with Retry-After)
 └── EngineError          the engine failed; every waiting request is told (HTTP 500)
-    └── ServerUnreachable    a server that was to be asked is not there
+    ├── ServerUnreachable    a server that was to be asked is not there
+    └── ServerBusy           it has no room now
 """
 
 
@@ -104,3 +105,11 @@ class ServerUnreachable(EngineError):
 
     def __init__(self, where: str, cause: OSError) -> None:
         super().__init__(f"{where}: {cause.strerror or cause}: is the server running?")
+
+
+class ServerBusy(EngineError):
+    """A server that was asked has no room; ``retry_after`` is in whole seconds, as it said."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        self.retry_after = retry_after
+        super().__init__(f"{message} (Retry-After: {retry_after} s)")

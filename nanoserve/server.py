@@ -215,7 +215,8 @@ class Server(uvicorn.Server):
                 host,
             )
         shown = f"[{host}]" if ":" in host else host
-        print(f"listening on http://{shown}:{port}/v1", file=sys.stderr, flush=True)
+        base = f"http://{shown}:{port}"
+        print(f"listening on {base}/v1\nchat page at {base}/", file=sys.stderr, flush=True)
 
     def _drain(self) -> None:
         worker, now = self._service.worker, time.monotonic()

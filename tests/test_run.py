@@ -172,16 +172,24 @@ def test_over_long_prompts_are_refused_and_full_ones_answered(server: Server) ->
 
 
 def test_sigterm_lets_a_stream_finish(serve: Callable[..., Server], random_checkpoint: Path) -> None:
-    server = serve(random_checkpoint, "--max-context", "400")
+    """And what an operator has set reaches the server: a log in JSON, a watchdog that barks at every step."""
+    watchdog = {"NANOSERVE_HANG_TIMEOUT": "0.0001"}
+    server = serve(random_checkpoint, "--max-context", "400", "--log-json", env=watchdog)
     body = {"model": "model", "prompt": [5], "max_tokens": 150, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{server.url}/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
+        while httpx.get(f"{server.root}/health").json()["status"] != "hanging":
+            pass
         server.process.terminate()
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert server.stop() == 0
     assert "Traceback" not in server.log
+    logged = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
+    (request,) = [line for line in logged if line["logger"] == "nanoserve.access"]
+    assert (request["path"], request["completion_tokens"]) == ("/v1/completions", 150)
+    assert any("/health is red" in line.get("message", "") for line in logged)
 
 
 @pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGINT])
@@ -302,6 +310,7 @@ def test_the_key_guards_every_route_but_health(
             server.client("wrong").models.list()
         assert httpx.get(f"{server.root}/health").status_code == 200
         assert httpx.get(f"{server.root}/metrics").status_code == 401
+        assert httpx.get(f"{server.root}/").headers["content-type"] == "text/html; charset=utf-8"
         assert "sesame" not in server.log
 
 

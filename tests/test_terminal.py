@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -96,6 +97,11 @@ class TestPipe:
         assert done.stderr.count("\n") == 1
         assert "http://127.0.0.1:9/v1/models: Connection refused" in done.stderr
         assert "nanoserve run" in done.stderr
+
+    def test_a_closed_stdin_is_an_end(self, script: Script) -> None:
+        command = f"{shlex.join([*COMMAND, script.url + '/v1'])} <&-"
+        done = subprocess.run(command, shell=True, capture_output=True, env={**os.environ, "PYTHONPATH": ROOT})
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
     def test_the_key(self, script: Script, tmp_path: Path) -> None:
         script.key = "sëcret"
