@@ -189,7 +189,11 @@ def _summary(answer: Answer, max_context: int | None) -> str:
     words.append(f"TTFT {answer.first - answer.asked:.2f} s")
     limit = f" of {max_context:,}" if max_context else ""
     words.append(f"context {at(answer.usage, int, 'total_tokens'):,}{limit}")
-    return " · ".join(words) + (", cut off at the limit of tokens" if answer.finish == "length" else "")
+    if answer.finish == "length":
+        words.append("cut off at the limit of tokens")
+    elif not answer.content.strip():
+        words.append("the model ended without an answer")
+    return " · ".join(words)
 
 
 def _note(text: str) -> None:

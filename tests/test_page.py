@@ -124,7 +124,7 @@ class Tab:
 def tab(browser: Browser) -> Iterator[Tab]:
     context = browser.new_context()
     context.set_default_timeout(20_000)
-    expect.set_options(timeout=5_000)
+    expect.set_options(timeout=15_000)
     page = context.new_page()
     tab = Tab(page)
 
@@ -248,6 +248,18 @@ class TestConversation:
             "content": "Done.",
             "reasoning_content": "First this.\n\nThen that.",
         }
+
+    def test_how_an_answer_ended_is_told(self, tab: Tab, script: Script) -> None:
+        thought = delta(reasoning_content="I know.")
+        script.replies = [
+            [thought, delta("stop"), USAGE, DONE],
+            [thought, content("and"), delta("length"), USAGE, DONE],
+            text_reply("fine"),
+        ]
+        for note in ("The model ended without an answer.", "Cut off: the limit of tokens was reached.", ""):
+            tab.ask("hi")
+            tab.whole()
+            expect(tab.page.locator(".note").last).to_have_text(note)
 
     def test_code_is_set_apart(self, tab: Tab, script: Script) -> None:
         script.replies = [text_reply("Look:\n\n``", "`py", "thon\nx = '<b>'\n\ny\n", "```\n\nand\nthat")]

@@ -202,17 +202,28 @@ class TestTerminal:
         terminal.type("fail\n")
         terminal.until("answered 500")
         terminal.until("> ")
-        terminal.type("go on?\n")
+        for reply, note in ((thoughts, "without an answer"), ([*thoughts, delta("length")], "cut off")):
+            script.replies.insert(0, [*reply, USAGE, DONE])
+            terminal.type("and?\n")
+            terminal.until(note)
+            terminal.until("> ")
+        terminal.type("/new\n")
+        terminal.until("a new conversation")
+        terminal.until("> ")
+        terminal.type("is it?\n")
         terminal.until("yes\r\n")
         terminal.until("> ")
         terminal.type("\x04")
         assert terminal.code() == 0
-        assert [m["role"] for m in script.bodies[-1]["messages"]] == ["user", "assistant"] * 2 + ["user"]
-        assert script.bodies[-1]["messages"][1]["content"] == "It is so."
+        history = script.bodies[3]["messages"]
+        assert [m["role"] for m in history] == ["user", "assistant"] * 2 + ["user"], "not what failed"
+        assert history[1]["content"] == "It is so."
+        assert len(script.bodies[-1]["messages"]) == 1
 
     def test_ctrl_c_stops_the_answer_and_not_the_program(self, script: Script, terminal: Terminal) -> None:
         script.replies = [[delta(reasoning_content="hm"), ENDLESS], text_reply("fine")]
         terminal.until("> ")
+        time.sleep(0.3)  # between its prompt and its wait for a key, readline would not see the signal
         terminal.type("\x03")
         terminal.until("> ")
         terminal.type("count\n")
