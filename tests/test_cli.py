@@ -38,7 +38,7 @@ def test_generate_without_a_model_says_what_answers(capsys: pytest.CaptureFixtur
         capsys, "generate", "--prompt", "Hi", "--chat", "--max-tokens", "3", "--seed", "1", "--json"
     )
     assert code == 0
-    assert "RANDOM" in err
+    assert "demonstration model" in err
     assert len(json.loads(out)["token_ids"]) <= 3
 
 
