@@ -5,6 +5,7 @@ the HTTP response around it, whole or streamed.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,14 +15,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from nanoserve.choice import Choice, Piece
+from nanoserve.choice import ChatChoice, Choice, Piece
 from nanoserve.errors import EngineError
 from nanoserve.http_guard import JsonResponse, record_of, to_json
 from nanoserve.metrics import RequestRecord
 from nanoserve.parameters import usage
 from nanoserve.protocol import error_answer
-from nanoserve.request import Event, Request, Token
-from nanoserve.tokenizer import Tokenizer
+from nanoserve.request import Event, Request
 from nanoserve.worker import Worker
 
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -33,8 +33,8 @@ class Answers:
     Args:
         worker: takes the requests at once, or raises.
         requests: one a choice.
-        tokenizer: None makes every text empty.
-        record: gets the times and counts.
+        choices: what makes pieces of each one's events.
+        record: gets the times and counts; an attribute too.
 
     Raises:
         QueueFull, EngineError, RequestError: see `Worker.submit`.
@@ -44,18 +44,23 @@ class Answers:
         self,
         worker: Worker,
         requests: Sequence[Request],
-        tokenizer: Tokenizer | None,
+        choices: Sequence[Choice | ChatChoice],
         record: RequestRecord,
     ) -> None:
         loop = asyncio.get_running_loop()
-        self._record = record
+        self.record = record
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._choices = [Choice(i, r.sampling.stop, tokenizer) for i, r in enumerate(requests)]
+        self._choices = choices
 
         def deliver(index: int, event: Event) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         self._tickets = worker.submit_all(requests, deliver)
+
+    @property
+    def ended(self) -> bool:
+        """All choices have ended."""
+        return all(choice.ended for choice in self._choices)
 
     async def pieces(self, patience: float | None = None) -> AsyncIterator[Piece | None]:
         """Every piece until all choices have ended; None after each ``patience`` seconds of silence.
@@ -63,7 +68,7 @@ class Answers:
         Raises:
             EngineError: the engine failed, or the server gave up the request.
         """
-        while not all(choice.ended for choice in self._choices):
+        while not self.ended:
             try:
                 async with asyncio.timeout(patience):
                     index, event = await self._events.get()
@@ -74,16 +79,16 @@ class Answers:
                 yield piece
 
     def _push(self, index: int, event: Event) -> list[Piece]:
-        choice = self._choices[index]
-        if isinstance(event, Token) and not choice.ended:
-            self._record.token(index)
         try:
-            pieces = choice.push(event)
+            pieces = self._choices[index].push(event)
         except EngineError:
-            self._record.end("error")
+            self.record.end("error")
             raise
+        for piece in pieces:
+            if piece.token is not None:
+                self.record.token(index, piece.reasoning)
         if pieces and pieces[-1].finish is not None:
-            self._record.end(pieces[-1].finish)
+            self.record.end(pieces[-1].finish)
             self._tickets[index].cancel()  # at a stop string the engine is still generating
         return pieces
 
@@ -92,7 +97,7 @@ class Answers:
         for ticket, choice in zip(self._tickets, self._choices, strict=True):
             if not choice.ended:
                 choice.ended = True
-                self._record.end("cancelled")
+                self.record.end("cancelled")
                 ticket.cancel()
 
 
@@ -107,8 +112,8 @@ class Writer(Protocol):
         """The last chunk."""
         ...
 
-    def answer(self, pieces: Sequence[Piece], usage: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer in one object."""
+    def answer(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The answer in one object, without its usage."""
         ...
 
 
@@ -117,6 +122,7 @@ class Job:
     """A checked and tokenised request: what to generate, and how to write the answer."""
 
     requests: Sequence[Request]
+    choices: Sequence[Choice | ChatChoice]
     writer: Writer
     prompt_tokens: int
     stream: bool
@@ -126,9 +132,9 @@ class Job:
 class Generation(Response):
     """Submits a job and sends its answer, whole or as server-sent events; a client that leaves cancels it."""
 
-    def __init__(self, job: Job, worker: Worker, tokenizer: Tokenizer | None, ping_interval: float) -> None:
+    def __init__(self, job: Job, worker: Worker, ping_interval: float) -> None:
         super().__init__()
-        self._job, self._worker, self._tokenizer = job, worker, tokenizer
+        self._job, self._worker = job, worker
         self._ping_interval = ping_interval
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,7 +145,7 @@ class Generation(Response):
             ClientDisconnect: the client left.
         """
         record = record_of(scope)
-        answers = Answers(self._worker, self._job.requests, self._tokenizer, record)
+        answers = Answers(self._worker, self._job.requests, self._job.choices, record)
         record.prompt(self._job.prompt_tokens)
         try:
             work = self._stream(answers, send) if self._job.stream else self._whole(answers, scope, send)
@@ -149,9 +155,10 @@ class Generation(Response):
 
     async def _whole(self, answers: Answers, scope: Scope, send: Send) -> None:
         pieces = [piece async for piece in answers.pieces() if piece is not None]
+        last = {"usage": _usage(answers.record), "timings": self._timings(answers.record)}
         # In a thread: the logprobs of long answers are megabytes of JSON.
         response = await anyio.to_thread.run_sync(
-            lambda: JsonResponse(self._job.writer.answer(pieces, self._usage(pieces)))
+            lambda: JsonResponse({**self._job.writer.answer(pieces), **last})
         )
         await response(scope, _no_receive, send)
 
@@ -164,25 +171,38 @@ class Generation(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self, answers: Answers) -> AsyncIterator[bytes]:
-        """The stream's bytes: a chunk an event; after an error there is no [DONE]."""
-        tokens = 0
+        """The stream's bytes: a chunk an event; after an error there is no [DONE].
+
+        The last chunk has the timings. A comment fills silence, also that of tokens which say nothing yet.
+        """
+        spoke = time.monotonic()
         try:
             async for piece in answers.pieces(self._ping_interval):
-                if piece is None:
-                    yield b": ping\n\n"
+                chunks = self._chunks(piece, answers) if piece else []
+                if piece is not None and not chunks and time.monotonic() - spoke < self._ping_interval:
                     continue
-                tokens += piece.token is not None
-                if data := b"".join(map(_event, self._job.writer.chunks(piece))):
-                    yield data
+                yield b"".join(map(_event, chunks)) or b": ping\n\n"
+                spoke = time.monotonic()
         except EngineError as error:
             yield _event(error_answer(error)[1])
             return
         if self._job.include_usage:
-            yield _event(self._job.writer.usage_chunk(usage(self._job.prompt_tokens, tokens)))
+            chunk = self._job.writer.usage_chunk(_usage(answers.record))
+            yield _event({**chunk, "timings": self._timings(answers.record)})
         yield b"data: [DONE]\n\n"
 
-    def _usage(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        return usage(self._job.prompt_tokens, sum(piece.token is not None for piece in pieces))
+    def _chunks(self, piece: Piece, answers: Answers) -> list[dict[str, Any]]:
+        chunks = list(self._job.writer.chunks(piece))
+        if piece.finish and answers.ended and not self._job.include_usage:
+            chunks[-1]["timings"] = self._timings(answers.record)
+        return chunks
+
+    def _timings(self, record: RequestRecord) -> dict[str, Any]:
+        return record.timings(sum(len(request.prompt) for request in self._job.requests))
+
+
+def _usage(record: RequestRecord) -> dict[str, Any]:
+    return usage(record.prompt_tokens, record.completion_tokens, record.reasoning_tokens)
 
 
 def _event(data: Mapping[str, Any]) -> bytes:

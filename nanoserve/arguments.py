@@ -1,11 +1,14 @@
 """A tool call's parameter, written between tags, as JSON of the type that the tool's schema gives it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 _NULLS = ("null", "none")
 _TRUTHS = {"true": True, "false": False}
+_UNIONS = ("anyOf", "oneOf", "allOf")
+_MAX_DEPTH = 16
+"""Unions and references inside each other that are followed."""
 
 
 def argument(schema: Mapping[str, Any], key: str, value: str) -> str:
@@ -22,24 +25,47 @@ def argument(schema: Mapping[str, Any], key: str, value: str) -> str:
     value = value.removeprefix("\n").removesuffix("\n")
     properties: object = schema.get("properties")
     own = cast("Mapping[str, Any]", properties).get(key) if isinstance(properties, Mapping) else None
-    return f"{_json(key)}: {_json(_typed(value, _types(own)))}"
+    return f"{_json(key)}: {_json(_typed(value, tuple(dict.fromkeys(_types(own, schema, set())))))}"
 
 
-def _types(schema: object) -> tuple[str, ...]:
-    """The JSON types that a parameter's schema allows, in its order."""
-    if not isinstance(schema, Mapping):
-        return ()
+def _types(schema: object, root: Mapping[str, Any], seen: set[str], depth: int = 0) -> Iterator[str]:
+    """The JSON types that a parameter's schema allows, in its order.
+
+    Args:
+        schema: the parameter's.
+        root: what references start from.
+        seen: references that were followed. None is followed twice, or a hostile schema would take for ever.
+        depth: of the recursion.
+    """
+    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
+        return
     table = cast("Mapping[str, Any]", schema)
     kind: object = table.get("type")
-    found = [kind] if isinstance(kind, str) else [*cast("list[Any]", kind)] if isinstance(kind, list) else []
-    for union in ("anyOf", "oneOf"):
-        choices: object = table.get(union)
-        for one in cast("list[object]", choices) if isinstance(choices, list) else []:
-            found += _types(one)
-    values: object = table.get("enum")
-    if not found and isinstance(values, list):
-        found += [_type_of(item) for item in cast("list[object]", values)]
-    return tuple(str(name) for name in found)
+    if kind is None and not table.keys() & {"$ref", *_UNIONS}:
+        values: object = table.get("enum", [table["const"]] if "const" in table else [])
+        yield from map(_type_of, _items(values))
+    yield from map(str, [kind] if isinstance(kind, str) else _items(kind))
+    reference: object = table.get("$ref")
+    if isinstance(reference, str) and reference not in seen:
+        seen.add(reference)
+        yield from _types(_referred(root, reference), root, seen, depth + 1)
+    for union in _UNIONS:
+        for one in _items(table.get(union)):
+            yield from _types(one, root, seen, depth + 1)
+
+
+def _items(value: object) -> list[object]:
+    return cast("list[object]", value) if isinstance(value, list) else []
+
+
+def _referred(root: object, reference: str) -> object:
+    """What a reference inside the tool's own schema, such as ``#/$defs/Colour``, leads to; None if nothing."""
+    if not reference.startswith("#"):
+        return None
+    for step in reference.split("/")[1:]:
+        name = step.replace("~1", "/").replace("~0", "~")
+        root = cast("Mapping[str, object]", root).get(name) if isinstance(root, Mapping) else None
+    return root
 
 
 def _type_of(value: object) -> str:

@@ -1,16 +1,17 @@
-"""POST /v1/chat/completions: the body's fields, and the answer's chunks and object. Pure functions."""
+"""POST /v1/chat/completions: the body's fields. Pure functions; `chat_answer.py` writes the answer."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
-from nanoserve.choice import Piece
+from nanoserve.choice import Reading
 from nanoserve.errors import RequestError
-from nanoserve.logprobs import chat_logprob
 from nanoserve.parameters import Delivery, Limits, parse_delivery, parse_model, parse_sampling
 from nanoserve.protocol import Fields, refuse
+from nanoserve.reasoning import Thinking, opening, parse_thinking
 from nanoserve.request import MAX_TOP_LOGPROBS, SamplingParams
 from nanoserve.tokenizer import Tokenizer
+from nanoserve.tools import Tools, parse_tools
 
 MAX_TOKENS = 2**31
 MAX_MESSAGES = 16_384
@@ -22,15 +23,16 @@ class Conversation:
     """What the chat template gets."""
 
     messages: Sequence[Mapping[str, Any]]
+    tools: Tools
+    thinking: Thinking
     add_generation_prompt: bool
-    template_kwargs: Mapping[str, Any]
     add_special_tokens: bool = False
 
     def encode(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Token ids; slow for long chats.
 
         Raises:
-            RequestError: a message is malformed, or the template refuses the chat.
+            RequestError: a message is malformed, or the template refuses the chat or lacks a switch.
         """
         # The template writes every special token; more of them are none where the tokenizer has none to add.
         if self.add_special_tokens and tokenizer.encode(""):
@@ -38,8 +40,9 @@ class Conversation:
         return tuple(
             tokenizer.encode_chat(
                 self.messages,
+                tools=self.tools.declared or None,
                 add_generation_prompt=self.add_generation_prompt,
-                template_kwargs=self.template_kwargs,
+                template_kwargs=self.thinking.switches(tokenizer.switches),
             )
         )
 
@@ -51,6 +54,23 @@ class ChatCall:
     conversation: Conversation
     sampling: SamplingParams
     delivery: Delivery
+
+    def reading(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> Reading:
+        """How an answer to the encoded prompt is read.
+
+        Where the template has switched reasoning off, thoughts that come all the same are content if there is
+        no other.
+        """
+        tools, thinking = self.conversation.tools, self.conversation.thinking
+        begins = opening(tokenizer, prompt)
+        return Reading(
+            tools.schemas,
+            thinking=begins.thinking,
+            nonempty=thinking.nonempty or begins.closed,
+            single=not tools.parallel,
+            hide_calls=tools.forbidden,
+            stop=self.sampling.stop,
+        )
 
 
 def parse_conversation(fields: Fields) -> Conversation:
@@ -65,8 +85,9 @@ def parse_conversation(fields: Fields) -> Conversation:
     _check_tool_results(messages)
     return Conversation(
         messages,
+        parse_tools(fields),
+        parse_thinking(fields),
         fields.boolean("add_generation_prompt", default=True),
-        fields.mapping("chat_template_kwargs"),
         fields.boolean("add_special_tokens"),
     )
 
@@ -112,65 +133,3 @@ def _parse_logprobs(fields: Fields) -> int | None:
     if count and not wanted:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     return (count or 0) if wanted else None
-
-
-@dataclass(slots=True)
-class ChatWriter:
-    """Pieces to OpenAI's chunks, or to one answer.
-
-    Args:
-        head: ``id``, ``created`` and ``model``, the same in every chunk.
-        tokenizer: for logprobs.
-        call: the request.
-    """
-
-    head: Mapping[str, Any]
-    tokenizer: Tokenizer
-    call: ChatCall
-    _begun: set[int] = field(default_factory=lambda: set[int]())
-
-    def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """A piece's chunks: the role before a choice's first, and its finish reason alone in the last."""
-        if piece.index not in self._begun:
-            self._begun.add(piece.index)
-            yield self._chunk(piece.index, {"role": "assistant", "content": ""})
-        logprobs = self._logprobs([piece])
-        if piece.text or logprobs:
-            yield self._chunk(piece.index, {"content": piece.text}, logprobs=logprobs)
-        if piece.finish:
-            yield self._chunk(piece.index, {}, finish=piece.finish)
-
-    def usage_chunk(self, usage: Mapping[str, Any]) -> dict[str, Any]:
-        """The last chunk, if it was asked for."""
-        return {**self._top("chat.completion.chunk"), "choices": [], "usage": usage}
-
-    def answer(self, pieces: Sequence[Piece], usage: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer in one object."""
-        choices = [self._choice(i, [p for p in pieces if p.index == i]) for i in range(self.call.delivery.choices)]
-        return {**self._top("chat.completion"), "choices": choices, "usage": usage}
-
-    def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        content = "".join(piece.text for piece in pieces)
-        wanted = self.call.sampling.logprobs is not None
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": content, "refusal": None},
-            "logprobs": (self._logprobs(pieces) or {"content": [], "refusal": None}) if wanted else None,
-            "finish_reason": pieces[-1].finish,
-        }
-
-    def _logprobs(self, pieces: Iterable[Piece]) -> dict[str, Any] | None:
-        if self.call.sampling.logprobs is None:
-            return None
-        entries = [chat_logprob(self.tokenizer, piece.token) for piece in pieces if piece.token]
-        return {"content": entries, "refusal": None} if entries else None
-
-    def _chunk(
-        self, index: int, delta: dict[str, Any], *, logprobs: object = None, finish: str | None = None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        last = {"usage": None} if self.call.delivery.include_usage else {}
-        return {**self._top("chat.completion.chunk"), "choices": [choice], **last}
-
-    def _top(self, kind: str) -> dict[str, Any]:
-        return {"id": self.head["id"], "object": kind, **self.head}

@@ -142,11 +142,11 @@ class CompletionWriter:
         """The last chunk, if it was asked for."""
         return {**self._top(), "choices": [], "usage": usage}
 
-    def answer(self, pieces: Sequence[Piece], usage: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer in one object."""
+    def answer(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The answer in one object, without its usage."""
         count = len(self._prompts) * self._call.delivery.choices
         choices = [self._choice(i, [piece for piece in pieces if piece.index == i]) for i in range(count)]
-        return {**self._top(), "choices": choices, "usage": usage}
+        return {**self._top(), "choices": choices}
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         parts = [self._read(piece) for piece in pieces]

@@ -6,6 +6,7 @@ request. What the template writes has no marker, so after rendering only the tem
 whole, and the marker is taken out of the rest.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -60,7 +61,21 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     """
     if not messages:
         raise RequestError("messages is empty: send at least one message", param="messages")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    return _in_order([_message(message, f"messages[{i}]") for i, message in enumerate(messages)])
+
+
+def _in_order(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of one turn's calls in the order of the calls: templates show no ids, and clients go by them."""
+    sorted_messages: list[dict[str, Any]] = []
+    place: dict[object, int] = {}
+    for results, group in itertools.groupby(messages, key=lambda message: message["role"] == "tool"):
+        run = list(group)
+        if results:
+            run.sort(key=lambda result: place.get(result.get("tool_call_id"), len(place)))
+        else:
+            place = {call.get("id"): i for i, call in enumerate(run[-1].get("tool_calls", ()))}
+        sorted_messages += run
+    return sorted_messages
 
 
 def _message(message: object, where: str) -> dict[str, Any]:
@@ -104,13 +119,12 @@ def _merge_reasoning(given: dict[str, Any], where: str) -> None:
 
 
 def _content(given: Mapping[str, Any], where: str) -> str:
-    """The message's text; no parts are no content, except that a tool may have found nothing."""
+    """The message's text; an assistant may have said nothing, and a tool may have found nothing."""
     content: object = given.get("content")
     if isinstance(content, str):
         return content
     if content is None or content in ([], ()):
-        called = "tool_calls" in given or "reasoning_content" in given
-        if called or (content is not None and given["role"] == "tool"):
+        if given["role"] == "assistant" or (content is not None and given["role"] == "tool"):
             return ""
         _refuse(where, content, "a string or a list of at least one text part")
     return _joined(content, where)
@@ -133,7 +147,9 @@ def _part(part: Mapping[str, Any], where: str) -> str:
 
 
 def _tool_call(call: object, where: str) -> dict[str, Any]:
-    given = dict(_mapping(call, where))
+    given = {key: value for key, value in _mapping(call, where).items() if value is not None}
+    if not isinstance(given.get("id", ""), str):
+        _refuse(f"{where}.id", given["id"], "a string")
     function = dict(_mapping(given.get("function"), f"{where}.function"))
     if not isinstance(function.get("name"), str):
         _refuse(f"{where}.function.name", function.get("name"), "a string")
@@ -179,17 +195,29 @@ def normalize_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str,
     return [dict(_mapping(tool, f"tools[{i}]")) for i, tool in enumerate(_list(tools, "tools"))]
 
 
-def check_template_kwargs(kwargs: Mapping[str, Any], taken: Iterable[str] = ()) -> None:
-    """Let through JSON scalars under names that neither this engine nor the template's globals use.
+def switches_of(variables: Iterable[str], taken: Iterable[str]) -> frozenset[str]:
+    """Those of a template's variables that a request may set.
+
+    Args:
+        variables: all that the template reads.
+        taken: those that the checkpoint sets itself, such as ``bos_token``.
+    """
+    return frozenset(variables) - _RESERVED_KWARGS - set(taken)
+
+
+def check_template_kwargs(kwargs: Mapping[str, Any], switches: frozenset[str]) -> None:
+    """Let JSON scalars through, under names that the template reads.
 
     Raises:
         RequestError: ``param`` is ``chat_template_kwargs.NAME``.
     """
-    forbidden = _RESERVED_KWARGS | set(taken)
     for name, value in kwargs.items():
         where = f"chat_template_kwargs.{clip(name)}"
-        if name in forbidden:
-            raise RequestError(f"{where} is reserved: it cannot be set through a request", param=where)
+        if name not in switches:
+            known = ", ".join(sorted(switches)) or "no switches"
+            raise RequestError(
+                f"{where} is no switch of this checkpoint's chat template: it has {known}", param=where
+            )
         if not (value is None or isinstance(value, str | bool | int | float)):
             _refuse(where, value, "null, a boolean, a number or a string")
 

@@ -6,6 +6,7 @@ Everything here is touched by the event loop's thread only.
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 ITL_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1.0)
@@ -82,6 +83,7 @@ class RequestRecord:
         status: HTTP status sent; 499 when the client left before.
         prompt_tokens: of all its prompts.
         completion_tokens: of all its choices.
+        reasoning_tokens: those of them that are reasoning.
         finish: how the last choice ended.
         ttft: seconds to the first token; None before it.
     """
@@ -90,10 +92,15 @@ class RequestRecord:
         self._metrics = metrics
         self._started = time.monotonic()
         self._last_token: dict[int, float] = {}
-        self._first_at: float | None = None
+        self._turn = self._started  # when the choice that is generated now could begin
+        self._decoding = False
+        self._prefill_seconds = 0.0
+        self._decode_seconds = 0.0
+        self._decode_steps = 0
         self.status: int | None = None
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.reasoning_tokens = 0
         self.finish: str | None = None
         self.ttft: float | None = None
 
@@ -101,23 +108,33 @@ class RequestRecord:
         """The prompts were accepted."""
         self.prompt_tokens += tokens
         self._metrics.prompt_tokens += tokens
+        self._turn = time.monotonic()
 
-    def token(self, choice: int) -> None:
-        """A token of a choice arrived."""
+    def token(self, choice: int, reasoning: bool = False) -> None:
+        """A token of a choice arrived; choices come one after another."""
         now = time.monotonic()
-        if self._first_at is None:
-            self._first_at, self.ttft = now, now - self._started
+        if self.ttft is None:
+            self.ttft = now - self._started
             self._metrics.ttft.observe(self.ttft)
         if choice in self._last_token:
             self._metrics.itl.observe(now - self._last_token[choice])
-        self._last_token[choice] = now
+            self._decode_seconds += now - self._last_token[choice]
+            self._decode_steps += 1
+        else:
+            self._prefill_seconds += now - self._turn
+        self._last_token[choice], self._decoding = now, True
         self.completion_tokens += 1
+        self.reasoning_tokens += reasoning
         self._metrics.generation_tokens += 1
 
     def end(self, reason: str) -> None:
         """A choice ended."""
         self.finish = reason
         self._metrics.finished[reason] += 1
+        now = time.monotonic()
+        if not self._decoding:  # it was only scored
+            self._prefill_seconds += now - self._turn
+        self._turn, self._decoding = now, False
 
     def close(self) -> None:
         """The HTTP request ended; requests that generated count in the latency histogram."""
@@ -129,8 +146,27 @@ class RequestRecord:
         return time.monotonic() - self._started
 
     def tokens_per_second(self) -> float | None:
-        """Decoding speed from the first token to now; None for fewer than two tokens."""
-        if self._first_at is None or self.completion_tokens < 2:
-            return None
-        span = max(self._last_token.values()) - self._first_at
-        return (self.completion_tokens - 1) / span if span > 0 else None
+        """Decoding speed, without each choice's first token; None where no choice has a second one."""
+        return self._decode_steps / self._decode_seconds if self._decode_seconds > 0 else None
+
+    def timings(self, prompt_tokens: int) -> dict[str, Any]:
+        """The numbers under llama.cpp's names; a speed that cannot be told is null.
+
+        ``prompt_ms`` is from the request's acceptance (for further choices, from the end of the one before) to
+        the first token: what it waited for other requests is in it. ``predicted_ms`` is from the first token
+        on, and ``predicted_per_second`` does not count that one.
+
+        Args:
+            prompt_tokens: that the engine has read: the prompt, as often as it was answered.
+        """
+        speed = prompt_tokens / self._prefill_seconds if self._prefill_seconds > 0 else None
+        decode = self.tokens_per_second()
+        return {
+            "cache_n": 0,
+            "prompt_n": prompt_tokens,
+            "prompt_ms": round(self._prefill_seconds * 1e3, 3),
+            "prompt_per_second": None if speed is None else round(speed, 3),
+            "predicted_n": self.completion_tokens,
+            "predicted_ms": round(self._decode_seconds * 1e3, 3),
+            "predicted_per_second": None if decode is None else round(decode, 3),
+        }

@@ -152,13 +152,14 @@ def wire_logprob(value: float) -> float:
     return max(value, LOWEST_LOGPROB) if not math.isnan(value) else LOWEST_LOGPROB
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
-    """The usage object; the end token counts as one of the completion."""
+def usage(prompt_tokens: int, completion_tokens: int, reasoning_tokens: int = 0) -> dict[str, Any]:
+    """The usage object; the end token counts as one of the completion, and ``</think>`` as reasoning."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 
@@ -168,6 +169,7 @@ def choice_requests(
     """One engine request a choice: all choices of the first prompt, then of the second, and so on.
 
     With a seed, choice i of a prompt draws with seed + i: other texts, and the same ones the next time.
+    What an answer must look like (a forced call, a JSON schema, a budget of thoughts) will be attached here.
     """
     variants = [sampling]
     if choices > 1:

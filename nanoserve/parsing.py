@@ -5,7 +5,8 @@ The forms are those of the released chat templates: reasoning ends at ``</think>
     <tool_call>\n<function=NAME>\n<parameter=KEY>\nVALUE\n</parameter>\n</function>\n</tool_call>
 
 However the text is cut into pieces, the parts put together are the same. No tag of these forms stands in content
-or reasoning, and no text makes it raise: what is not well-formed is content without its tags.
+or reasoning, and no text makes it raise: what is not well-formed stays what it stands in, without its tags. So a
+call ends the reasoning, and thoughts about ``<tool_call>`` do not.
 """
 
 import enum
@@ -62,6 +63,7 @@ class _State(enum.Enum):
     CALL = enum.auto()  # behind <tool_call>, or between two functions
     FUNCTION = enum.auto()  # behind <function=NAME>
     VALUE = enum.auto()  # behind <parameter=KEY>
+    OVER = enum.auto()  # behind the only call that was asked for
 
 
 @dataclass(slots=True)
@@ -120,28 +122,47 @@ class Parser:
     """One answer's parser.
 
     Args:
-        tools: the declared tools' JSON schemas by name; empty leaves calls unread (their tags still go).
+        tools: the declared tools' JSON schemas by name; empty leaves calls unread.
         thinking: the prompt has opened ``<think>``.
         nonempty: an answer that is all reasoning is given as content too.
+        single: nothing counts after the first call.
+        hide_calls: the tags inside of calls go even without tools, as ``<tool_call>`` itself always does.
+
+    Attributes:
+        calls: how many have begun.
     """
 
     tools: Mapping[str, Mapping[str, Any]]
     thinking: bool
     nonempty: bool = False
-    calls: int = 0
+    single: bool = False
+    hide_calls: bool = False
+    calls: int = field(init=False, default=0)
     _text: str = ""
     _name: str = ""
     _key: str = ""
     _given: dict[str, str] = field(default_factory=dict[str, str])
     _state: _State = field(init=False)
+    _around: _State = field(init=False, default=_State.CONTENT)  # what a tag of a call was found in
+    _searched: int = 0  # characters of a value that hold no tag
     _reasoning: _Channel = field(init=False)
     _content: _Channel = field(init=False)
     _thoughts: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
         self._state = _State.REASONING if self.thinking else _State.START
-        tags = (*_ALWAYS, *_OF_CALLS) if self.tools else _ALWAYS
+        tags = (*_ALWAYS, *_OF_CALLS) if self.tools or self.hide_calls else _ALWAYS
         self._reasoning, self._content = _Channel(tags), _Channel(tags)
+
+    @property
+    def reasoning(self) -> bool:
+        """Whether the text pushed next begins inside the reasoning."""
+        return self._state is _State.REASONING
+
+    @property
+    def over(self) -> bool:
+        """Whether the only call that counts is complete."""
+        return self._state is _State.OVER
 
     def push(self, text: str) -> list[Part]:
         """The parts that more text completes."""
@@ -160,6 +181,7 @@ class Parser:
             _State.CALL: self._in_call,
             _State.FUNCTION: self._in_function,
             _State.VALUE: self._in_value,
+            _State.OVER: self._after_all,
         }
         going = True
         while going:
@@ -181,25 +203,23 @@ class Parser:
     def _in_reasoning(self, final: bool) -> Iterator[Part]:
         before, tag = self._take(("</think>", *self._call_tags()), final)
         yield from self._think(before)
-        if tag:
+        if tag == "</think>":
             yield from self._think(self._reasoning.finish(strip=True), filtered=True)
-            self._enter(tag)
+            self._state = _State.CONTENT
+        elif tag:
+            self._enter_call(tag)
 
     def _in_content(self, final: bool) -> Iterator[Part]:
         before, tag = self._take(self._call_tags(), final)
         yield from self._say(before)
         if tag:
-            self._content.drop_space()
-            self._enter(tag)
+            self._enter_call(tag)
 
-    def _enter(self, tag: str) -> None:
-        """What a tag in free text leads to."""
-        if tag == "</think>":
-            self._state = _State.CONTENT
-        else:
-            self._state = _State.CALL
-            if tag == "<function=":
-                self._text = tag + self._text
+    def _enter_call(self, tag: str) -> None:
+        """A tag in free text that may begin a call."""
+        self._around, self._state = self._state, _State.CALL
+        if tag == "<function=":
+            self._text = tag + self._text
 
     def _call_tags(self) -> tuple[str, ...]:
         return ("<tool_call>", "<function=") if self.tools else ()
@@ -212,20 +232,26 @@ class Parser:
             return
         if name in self.tools:
             self._text = self._text[len("<function=") + len(name) + 1 :]
-            self._name, self._given = name, {}
-            self._state = _State.FUNCTION
-            yield CallBegun(self.calls, name)
-            yield CallArguments(self.calls, "{")
-            self.calls += 1
+            yield from self._begin(name)
             return
-        # Anything else ends the block. A function that nobody declared is content, without its tag.
+        # Anything else ends the block. A function that nobody declared is plain text, without its tag.
         for tag in ("</tool_call>", "<function="):
             if self._text.startswith(tag):
                 self._text = self._text[len(tag) :]
                 break
             if tag.startswith(self._text) and not final:
                 return
-        self._state = _State.CONTENT
+        self._state = self._around
+
+    def _begin(self, name: str) -> Iterator[Part]:
+        """A call, and with it the end of what stood around it."""
+        yield from self._think(self._reasoning.finish(strip=True), filtered=True)
+        self._content.drop_space()
+        self._name, self._given = name, {}
+        self._around, self._state = _State.CONTENT, _State.FUNCTION
+        yield CallBegun(self.calls, name)
+        yield CallArguments(self.calls, "{")
+        self.calls += 1
 
     def _in_function(self, final: bool) -> Iterator[Part]:
         """Between parameters."""
@@ -235,22 +261,24 @@ class Parser:
             return
         if key:
             self._text = self._text[len("<parameter=") + len(key) + 1 :]
-            self._key, self._state = key, _State.VALUE
-            return
-        if not final and any(tag.startswith(self._text) for tag in ("</function>", "</parameter>")):
+            self._key, self._state, self._searched = key, _State.VALUE, 0
             return
         if self._text.startswith("</parameter>"):  # one too many
             self._text = self._text[len("</parameter>") :]
             return
+        ends = ("</function>", "</parameter>")
+        if not final and self._text not in ends and any(tag.startswith(self._text) for tag in ends):
+            return
         self._text = self._text.removeprefix("</function>")
         yield CallArguments(self.calls - 1, "}")
-        self._state = _State.CALL
+        self._state = _State.OVER if self.single else _State.CALL
 
     def _in_value(self, final: bool) -> Iterator[Part]:
         """A parameter's value; a missing end is tolerated before the next tag of a call."""
         ends = ("</parameter>", "<parameter=", "</function>", "<tool_call>", "</tool_call>", "<function=")
-        at, tag = _first(self._text, ends)
+        at, tag = _first(self._text, ends, self._searched)
         if not tag:
+            self._searched = max(0, len(self._text) - _LONGEST)
             return  # a value that is cut off is no value
         value = self._text[:at]
         self._text = self._text[at + len(tag) * (tag == "</parameter>") :]
@@ -259,6 +287,10 @@ class Parser:
             self._given[self._key] = value
             comma = ", " if len(self._given) > 1 else ""
             yield CallArguments(self.calls - 1, comma + argument(self.tools[self._name], self._key, value))
+
+    def _after_all(self, final: bool) -> Iterator[Part]:
+        self._text = ""
+        yield from ()
 
     def _close(self) -> Iterator[Part]:
         if self._state in (_State.FUNCTION, _State.VALUE):
@@ -288,9 +320,9 @@ class Parser:
         return before, tag
 
 
-def _first(text: str, tags: tuple[str, ...]) -> tuple[int, str]:
-    """(position, tag) of the first tag in the text; (-1, "") when there is none."""
-    found = [(at, tag) for tag in tags if (at := text.find(tag)) >= 0]
+def _first(text: str, tags: tuple[str, ...], start: int = 0) -> tuple[int, str]:
+    """(position, tag) of the first tag from ``start`` on; (-1, "") when there is none."""
+    found = [(at, tag) for tag in tags if (at := text.find(tag, start)) >= 0]
     return min(found, default=(-1, ""))
 
 

@@ -16,8 +16,9 @@ from starlette.routing import Route
 
 from nanoserve import __version__
 from nanoserve.answers import Generation, Job
-from nanoserve.chat import ChatWriter, parse_chat, parse_conversation
-from nanoserve.choice import AnswerFailed
+from nanoserve.chat import parse_chat, parse_conversation
+from nanoserve.chat_answer import ChatWriter
+from nanoserve.choice import AnswerFailed, ChatChoice, Choice
 from nanoserve.completions import CompletionWriter, encode_prompt, parse_completion
 from nanoserve.config import ServerConfig
 from nanoserve.errors import (
@@ -218,8 +219,7 @@ class Routes:
     async def _generate(self, request: HttpRequest, prepare: Callable[[dict[str, Any], str], Job]) -> Response:
         self._service.worker.admit()  # before any work is spent on it
         job = await self._prepare(request, prepare)
-        service = self._service
-        return Generation(job, service.worker, service.tokenizer, self._config.ping_interval)
+        return Generation(job, self._service.worker, self._config.ping_interval)
 
     def _prepare_chat(self, body: dict[str, Any], request_id: str) -> Job:
         call = parse_chat(body, self._limits)
@@ -227,18 +227,21 @@ class Routes:
         prompt = call.conversation.encode(tokenizer)
         if len(prompt) >= self._service.max_context:
             raise ContextLengthError(len(prompt), self._service.max_context, param="messages")
+        reading = call.reading(tokenizer, prompt)
         requests = choice_requests([prompt], call.sampling, call.delivery.choices, request_id)
+        choices = [ChatChoice(i, reading, tokenizer) for i in range(len(requests))]
         writer = ChatWriter(self._head("chatcmpl"), tokenizer, call)
-        return Job(requests, writer, len(prompt), call.delivery.stream, call.delivery.include_usage)
+        return Job(requests, choices, writer, len(prompt), call.delivery.stream, call.delivery.include_usage)
 
     def _prepare_completion(self, body: dict[str, Any], request_id: str) -> Job:
         call = parse_completion(body, self._limits)
         tokenizer = self._service.tokenizer
         prompts = [encode_prompt(prompt, tokenizer) for prompt in call.prompts]
         requests = choice_requests(prompts, call.sampling, call.delivery.choices, request_id)
+        choices = [Choice(i, call.sampling.stop, tokenizer) for i in range(len(requests))]
         writer = CompletionWriter(self._head("cmpl"), tokenizer, call, prompts)
         tokens = sum(map(len, prompts))
-        return Job(requests, writer, tokens, call.delivery.stream, call.delivery.include_usage)
+        return Job(requests, choices, writer, tokens, call.delivery.stream, call.delivery.include_usage)
 
     def _head(self, prefix: str) -> dict[str, Any]:
         """What is the same in every chunk of an answer."""

@@ -5,11 +5,15 @@ sandbox caps ``range`` at 100,000.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
 
 from nanoserve.errors import CheckpointError, RequestError
 from nanoserve.files import read_text
@@ -60,14 +64,54 @@ def _default_of(entries: list[object]) -> object:
     raise CheckpointError(CONFIG_FILE, 'chat_template is a list without an entry named "default": add one')
 
 
-def check_template(template: str, file: str) -> None:
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}`` marks what an assistant says, for training; here it only has to be read over."""
+
+    tags = {"generation"}  # noqa: RUF012 (so it is declared in jinja2)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The block's own content."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _inputs(template: str) -> frozenset[str]:
+    """Variables that the template reads and that do not only come from itself, so that a caller may set them."""
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    tree = environment.parse(template)
+    first: dict[str, str] = {}
+    for name in _names(tree):
+        first.setdefault(name.name, name.ctx)
+    # jinja2 names some variables that blocks set and others read: those are written before they are read.
+    found = jinja2.meta.find_undeclared_variables(tree)
+    return frozenset(name for name in found if first.get(name) == "load")
+
+
+def _names(node: jinja2.nodes.Node) -> Iterator[jinja2.nodes.Name]:
+    """Every name, in the order of execution: what is assigned is computed before."""
+    if isinstance(node, jinja2.nodes.Name):
+        yield node
+    children = list(node.iter_child_nodes())
+    if isinstance(node, jinja2.nodes.Assign):
+        children = [node.node, node.target]
+    for child in children:
+        yield from _names(child)
+
+
+def check_template(template: str, file: str) -> frozenset[str]:
     """Compile the template.
+
+    Returns:
+        The variables that it reads, its switches among them.
 
     Raises:
         CheckpointError: a syntax error (names the file and the line), or what Python cannot compile.
     """
     try:
         _render(template, [], None, {})
+        return _inputs(template)
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(file, f"chat template, line {error.lineno}: {error.message}") from error
     except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:

@@ -7,52 +7,71 @@ from nanoserve.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Turns tokens into text and ends it before the first stop string.
-
-    The match that begins earliest in the text wins, wherever tokens begin and end. While an earlier match may
-    still complete, the text from there on is held back: with the stops ``abc`` and ``b``, ``ab`` waits for
-    what follows.
+    """Turns tokens into text and ends it before the first stop string; see `StopSearch`.
 
     Args:
         tokenizer: None makes every text empty.
         stop: strings that end the text and are not part of it.
-
-    Attributes:
-        stopped: a stop string matched. The text before it has been returned and nothing more will be; the
-            consumer cancels the request. It may turn true in `finish` too.
 
     Raises:
         RequestError: a stop string is empty.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = tokenizer.detokenizer() if tokenizer else None
+        self._search = StopSearch(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string matched; the consumer cancels the request. It may turn true in `finish` too."""
+        return self._search.stopped
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the new text that can be shown, perhaps none."""
+        if self.stopped or self._detokenizer is None:
+            return ""
+        return self._search.push(self._detokenizer.push(token))
+
+    def finish(self) -> str:
+        """End the text; returns what was held back, up to a stop string if one matched."""
+        if self.stopped or self._detokenizer is None:
+            return ""
+        text = self._search.push(self._detokenizer.flush())
+        return text + self._search.finish()
+
+
+class StopSearch:
+    """Lets text through up to the first stop string.
+
+    The match that begins earliest in the text wins, wherever the pieces begin and end. While an earlier match
+    may still complete, the text from there on is held back: with the stops ``abc`` and ``b``, ``ab`` waits for
+    what follows.
+
+    Args:
+        stop: strings that end the text and are not part of it.
+
+    Attributes:
+        stopped: a stop string matched. The text before it has been returned and nothing more will be. It may
+            turn true in `finish` too.
+
+    Raises:
+        RequestError: a stop string is empty.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
         if "" in stop:
             raise RequestError("stop holds an empty string: leave it out", param="stop")
         self.stopped = False
-        self._detokenizer = tokenizer.detokenizer() if tokenizer else None
         self._searches = [_Search(text) for text in stop]
         self._held = ""  # text from position _shown on
         self._shown = 0
         self._end = 0  # characters searched
         self._cut: int | None = None  # where the earliest complete match so far begins
 
-    def push(self, token: int) -> str:
-        """Add a token; returns the new text that can be shown, perhaps none."""
-        if self.stopped or self._detokenizer is None:
-            return ""
-        return self._advance(self._detokenizer.push(token))
-
-    def finish(self) -> str:
-        """End the text; returns what was held back, up to a stop string if one matched."""
-        if self.stopped or self._detokenizer is None:
-            return ""
-        text = self._advance(self._detokenizer.flush())
+    def push(self, text: str) -> str:
+        """Add text; returns the new text that can be shown, perhaps none."""
         if self.stopped:
-            return text
-        self.stopped = self._cut is not None
-        return text + self._show(self._end if self._cut is None else self._cut)
-
-    def _advance(self, text: str) -> str:
+            return ""
         if not self._searches:
             return text
         self._held += text
@@ -67,6 +86,13 @@ class TextStream:
                 return self._show(self._cut)
         pending = self._earliest_pending()
         return self._show(pending if self._cut is None else min(pending, self._cut))
+
+    def finish(self) -> str:
+        """End the text; returns what was held back, up to a stop string if one matched."""
+        if self.stopped or not self._searches:
+            return ""
+        self.stopped = self._cut is not None
+        return self._show(self._end if self._cut is None else self._cut)
 
     def _earliest_pending(self) -> int:
         """Where the earliest match begins that more text could complete; the text's end if there is none."""

@@ -23,6 +23,7 @@ from nanoserve.messages import (
     normalize_tools,
     remove_marker,
     strings,
+    switches_of,
 )
 from nanoserve.template import CONFIG_FILE, TEMPLATE_FILE, check_template, find_template, run_template
 
@@ -47,6 +48,7 @@ class Tokenizer:
     Attributes:
         vocab_size: largest token id + 1.
         has_chat_template: chats can be encoded.
+        switches: names of the template's variables that a request may set, such as ``enable_thinking``.
 
     Raises:
         CheckpointError: the vocabulary or the template is broken, or of a kind that is not supported.
@@ -79,8 +81,8 @@ class Tokenizer:
         }
         self.vocab_size = max(texts, default=-1) + 1
         self.has_chat_template = template is not None
-        if template is not None:
-            check_template(template, template_file)
+        variables = frozenset[str]() if template is None else check_template(template, template_file)
+        self.switches = switches_of(variables, self._special_tokens)
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer | None":
@@ -195,7 +197,7 @@ class Tokenizer:
                 "this checkpoint has no chat template: use /v1/completions with a prompt", param="messages"
             )
         try:
-            check_template_kwargs(template_kwargs, taken=self._special_tokens)
+            check_template_kwargs(template_kwargs, self.switches)
             normal = normalize_messages(messages)
             plain_tools = normalize_tools(tools)
             texts = _checked_texts(normal, plain_tools, template_kwargs)

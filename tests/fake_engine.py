@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanoserve.config import ServerConfig, build
 from nanoserve.errors import CheckpointError, ContextLengthError, RequestError
@@ -23,6 +24,8 @@ from nanoserve.worker import Worker
 VOCAB = 512
 END = 11
 MODEL = "org/fake"
+PLAIN: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": False}}
+"""In a chat's body: the prompt opens no reasoning, and all that the engine says is content."""
 
 
 class FakeEngine:

@@ -7,7 +7,8 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -29,6 +30,7 @@ from nanoserve.eval_report import Comparison, Report, Row
 from nanoserve.eval_server import ServerCandidate
 from nanoserve.evaluation import Reference, evaluate, kl_divergence
 from nanoserve.local import LocalEngine
+from nanoserve.models.demo.tasks import Problem, grade
 from nanoserve.progress import QuestionBar
 from nanoserve.tokenizer import Tokenizer
 
@@ -352,7 +354,7 @@ class TestServer:
             with pytest.raises(RequestError, match="401"), ServerCandidate(f"{server.url}/v1", "x").open():
                 pass
         assert (chat.tokens, chat.ids) == (5, ())
-        assert tokenizer.decode(engine.script).startswith(chat.text)
+        assert chat.text == f"<think>{tokenizer.decode(engine.script[:5]).strip()}</think>"
         assert text.text == "abc "
         assert text.seconds > 0
 
@@ -360,11 +362,72 @@ class TestServer:
         with running(tokenizer, FakeEngine()) as server:
             url = f"{server.url}/v1"
             with ServerCandidate(url).open() as runner, pytest.raises(RequestError) as caught:
-                runner.answer(self.question(tools=(TOOL,)))
-            assert str(caught.value).startswith(f"{url}/chat/completions answered 400: tools is not supported")
+                runner.answer(self.question(stop=("",)))
+            assert str(caught.value).startswith(f"{url}/chat/completions answered 400: stop is ''")
             report = evaluate(suite(3), [ServerCandidate(url)])
         assert report.rows[0].facts == {"model": "org/fake", "device": url}
         assert json.loads(json.dumps(report.data()))["candidates"][0]["total"] == 3
+
+    @pytest.mark.parametrize(
+        ("written", "right"), [({"a": "7", "s": "x\ny"}, True), ({"a": "seven", "s": "x"}, False), ({}, False)]
+    )
+    def test_calls_are_graded_as_they_were_written(
+        self, tokenizer: Tokenizer, written: Mapping[str, str], right: bool
+    ) -> None:
+        properties = {"a": {"type": "integer"}, "s": {"type": "string"}}
+        function = {"name": "add", "parameters": {"type": "object", "properties": properties}}
+        tools = ({"type": "function", "function": function},)
+        lines = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in written.items())
+        engine = FakeEngine(max_context=2048)
+        engine.script = tokenizer.encode(
+            f"Hm.\n</think>\n<tool_call>\n<function=add>\n{lines}</function>\n</tool_call>"
+        )
+        earlier = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+        prompt = (
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "", "tool_calls": [earlier]},
+            {"role": "tool", "content": "2"},
+            {"role": "user", "content": "again"},
+        )
+        with running(tokenizer, engine) as server, ServerCandidate(f"{server.url}/v1").open() as runner:
+            text = runner.answer(self.question(prompt, tools=tools, max_tokens=400)).text
+        assert engine.started == [tuple(tokenizer.encode_chat(prompt, tools=tools))]
+        assert text.startswith("<think>Hm.</think><tool_call>")
+        problem = Problem((), tools, {"name": "add", "arguments": {"a": 7, "s": "x\ny"}}, 9)
+        assert grade("tools", problem, text) is right
+
+    def test_a_full_server_is_asked_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        slept: list[float] = []
+        monkeypatch.setattr("nanoserve.eval_server.time.sleep", slept.append)
+        busy = b"HTTP/1.1 503 Full\r\nRetry-After: 7\r\nContent-Length: 2\r\n\r\n{}"
+        models = b'HTTP/1.1 200 OK\r\nContent-Length: 23\r\n\r\n{"data": [{"id":"m" }]}'
+        with self.replies([busy, busy, models]) as url, ServerCandidate(url).open() as runner:
+            assert runner.model == "m"
+        assert slept == [7, 7]
+        with (
+            self.replies([busy.replace(b"7", b"301")] * 2) as url,
+            pytest.raises(EngineError, match="503"),
+            ServerCandidate(url).open(),
+        ):
+            pass
+        assert slept == [7, 7, 301]
+
+    @contextmanager
+    def replies(self, replies: Sequence[bytes]) -> Generator[str]:
+        """A server that answers one connection after another, in these words."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def serve() -> None:
+                for reply in replies:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(reply)
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            thread.join(10)
 
     @pytest.mark.parametrize(
         "url", ["", "localhost:8000", "ftp://x/v1", "http://", "http://h:99999/", "http://u@h/"]
@@ -382,23 +445,16 @@ class TestServer:
             (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{]", "answered 200: {]"),
             (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\nContent-Length: 0\r\n\r\n", "answered 302"),
             (b"HTTP/1.1 500 Oh\r\nContent-Length: 5\r\n\r\na\n\nb ", "answered 500: a b"),
+            (b"HTTP/1.1 503 Oh\r\nRetry-After: soon\r\nContent-Length: 2\r\n\r\n{}", "answered 503"),
         ],
     )
     def test_what_is_no_such_server(self, reply: bytes, words: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-
-            def serve() -> None:
-                connection, _ = listener.accept()
-                with connection:
-                    connection.recv(65536)
-                    connection.sendall(reply)
-
-            thread = threading.Thread(target=serve)
-            thread.start()
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-            with pytest.raises(EngineError, match=re.escape(words)), ServerCandidate(url).open():
-                pass
-            thread.join(10)
+        with (
+            self.replies([reply]) as url,
+            pytest.raises(EngineError, match=re.escape(words)),
+            ServerCandidate(url).open(),
+        ):
+            pass
 
     def test_nobody_there(self) -> None:
         with pytest.raises(EngineError, match="running"), ServerCandidate("http://127.0.0.1:9/v1").open():

@@ -1,14 +1,21 @@
 """OpenAI's own client against the server, sync and async."""
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import openai
 import pytest
-from fake_engine import FakeEngine, Running, make_tokenizer, running, until
+from fake_engine import PLAIN, FakeEngine, Running, make_tokenizer, running, until
 from openai import AsyncOpenAI, OpenAI
-from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat import (
+    ChatCompletion,
+    ChatCompletionMessageParam,
+    ChatCompletionToolParam,
+    ParsedChatCompletion,
+)
 
 from nanoserve.tokenizer import Tokenizer
 
@@ -23,7 +30,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture
 def server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with running(tokenizer, FakeEngine(), api_key="key") as server:
+    with running(tokenizer, FakeEngine(max_context=2048), api_key="key") as server:
         yield server
 
 
@@ -69,7 +76,7 @@ def test_a_chat(client: OpenAI, server: Running, tokenizer: Tokenizer) -> None:
 def test_a_streamed_chat(client: OpenAI, server: Running, tokenizer: Tokenizer) -> None:
     script(server, tokenizer, "Hello wörld 😀")
     stream = client.chat.completions.create(
-        model=MODEL, messages=HI, stream=True, stream_options={"include_usage": True}
+        model=MODEL, messages=HI, stream=True, stream_options={"include_usage": True}, extra_body=PLAIN
     )
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -84,11 +91,99 @@ def test_a_streamed_chat(client: OpenAI, server: Running, tokenizer: Tokenizer) 
 
 def test_the_streaming_helper(client: OpenAI, server: Running, tokenizer: Tokenizer) -> None:
     script(server, tokenizer, "one two")
-    with client.chat.completions.stream(model=MODEL, messages=HI) as stream:
+    with client.chat.completions.stream(model=MODEL, messages=HI, extra_body=PLAIN) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()
     assert "content.delta" in kinds
     assert final.choices[0].message.content == "one two"
+
+
+WEATHER: ChatCompletionToolParam = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city"],
+        },
+        "strict": True,
+    },
+}
+CALL = (
+    "Let me look.\n</think>\n<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n"
+    "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
+)
+
+
+def test_reasoning_is_apart(client: OpenAI, server: Running, tokenizer: Tokenizer) -> None:
+    script(server, tokenizer, "one two</think>three")
+    answer = client.chat.completions.create(model=MODEL, messages=HI)
+    message = answer.choices[0].message
+    assert message.content == "three"
+    assert message.model_extra == {"reasoning": "one two", "reasoning_content": "one two"}
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens_details is not None
+    assert answer.usage.completion_tokens_details.reasoning_tokens == len(tokenizer.encode("one two")) + 1
+    assert answer.model_extra is not None
+    assert answer.model_extra["timings"]["predicted_n"] == answer.usage.completion_tokens
+    stream = client.chat.completions.create(model=MODEL, messages=HI, stream=True)
+    deltas = [chunk.choices[0].delta for chunk in stream]
+    assert "".join((delta.model_extra or {}).get("reasoning_content", "") for delta in deltas) == "one two"
+    assert "".join(delta.content or "" for delta in deltas) == "three"
+    off = client.chat.completions.create(model=MODEL, messages=HI, reasoning_effort="none")
+    assert off.choices[0].message.content == "one twothree"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("exclude_none", [False, True])
+def test_a_round_of_tools(
+    client: OpenAI, server: Running, tokenizer: Tokenizer, streamed: bool, exclude_none: bool
+) -> None:
+    """As an agent goes about it: the answer is put back into the history as it came."""
+
+    def ask() -> ParsedChatCompletion[None] | ChatCompletion:
+        if not streamed:
+            return client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER])
+        with client.chat.completions.stream(model=MODEL, messages=messages, tools=[WEATHER]) as stream:
+            for _ in stream:
+                pass
+            return stream.get_final_completion()
+
+    messages = list(HI)
+    script(server, tokenizer, CALL)
+    (choice,) = ask().choices
+    assert choice.finish_reason == "tool_calls"
+    assert not choice.message.content
+    assert choice.message.tool_calls
+    (call,) = choice.message.tool_calls
+    assert call.type == "function"
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Oslo", "days": 3}
+    echo = choice.message.model_dump(exclude_none=exclude_none)
+    messages.append(cast("ChatCompletionMessageParam", echo))
+    messages.append({"role": "tool", "tool_call_id": call.id, "content": "sunny"})
+    script(server, tokenizer, "It shines.</think>Sunny.")
+    (choice,) = ask().choices
+    assert (choice.message.content, choice.finish_reason) == ("Sunny.", "stop")
+    prompt = tokenizer.decode(server.engine.started[-1], skip_special=False)
+    assert CALL.removesuffix("\n</tool_call>").partition("</think>\n")[2] in prompt
+    assert "<tool_response>\nsunny\n</tool_response>" in prompt
+    # A further question, after an answer of nothing at all.
+    for text in ("Sunny.", None):
+        messages.append(cast("ChatCompletionMessageParam", {"role": "assistant", "content": text}))
+        messages += HI
+        assert ask().choices[0].message.content == "Sunny."
+
+
+def test_tools_with_several_choices(client: OpenAI, server: Running, tokenizer: Tokenizer) -> None:
+    script(server, tokenizer, CALL)
+    answer = client.chat.completions.create(
+        model=MODEL, messages=HI, tools=[WEATHER], n=2, parallel_tool_calls=False
+    )
+    assert [len(choice.message.tool_calls or []) for choice in answer.choices] == [1, 1]
+    none = client.chat.completions.create(model=MODEL, messages=HI, tools=[WEATHER], tool_choice="none")
+    assert none.choices[0].message.tool_calls is None
 
 
 def test_logprobs(client: OpenAI) -> None:
@@ -111,12 +206,12 @@ def test_logprobs(client: OpenAI) -> None:
 
 
 def test_stop_n_and_seed(client: OpenAI, server: Running, tokenizer: Tokenizer) -> None:
-    answer = client.chat.completions.create(model=MODEL, messages=HI, n=3, max_tokens=8, seed=1)
+    answer = client.chat.completions.create(model=MODEL, messages=HI, n=3, max_tokens=8, seed=1, extra_body=PLAIN)
     assert len({choice.message.content for choice in answer.choices}) == 3
-    again = client.chat.completions.create(model=MODEL, messages=HI, n=3, max_tokens=8, seed=1)
+    again = client.chat.completions.create(model=MODEL, messages=HI, n=3, max_tokens=8, seed=1, extra_body=PLAIN)
     assert [c.message.content for c in again.choices] == [c.message.content for c in answer.choices]
     script(server, tokenizer, "count one two three")
-    stopped = client.chat.completions.create(model=MODEL, messages=HI, stop=[" two", "zzz"])
+    stopped = client.chat.completions.create(model=MODEL, messages=HI, stop=[" two", "zzz"], extra_body=PLAIN)
     assert stopped.choices[0].message.content == "count one"
     assert stopped.choices[0].finish_reason == "stop"
 
@@ -137,11 +232,14 @@ def test_errors_have_the_right_classes(client: OpenAI, server: Running) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model=MODEL, messages=HI, temperature=-1)
     assert bad.value.param == "temperature"
-    with pytest.raises(openai.BadRequestError) as tools:
+    with pytest.raises(openai.BadRequestError) as forced:
         client.chat.completions.create(
-            model=MODEL, messages=HI, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}]
+            model=MODEL,
+            messages=HI,
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            tool_choice="required",
         )
-    assert tools.value.code == "unsupported_parameter"
+    assert (forced.value.code, forced.value.param) == ("unsupported_parameter", "tool_choice")
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-5", messages=HI)
     assert missing.value.code == "model_not_found"
@@ -183,7 +281,7 @@ def test_async_streams_and_cancellations(server: Running) -> None:
 
             async def one(tokens: int) -> str:
                 stream = await client.chat.completions.create(
-                    model=MODEL, messages=HI, max_tokens=tokens, stream=True, seed=3
+                    model=MODEL, messages=HI, max_tokens=tokens, stream=True, seed=3, extra_body=PLAIN
                 )
                 return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 

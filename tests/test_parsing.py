@@ -1,6 +1,7 @@
 """The parser of answers: what the forms mean, and that neither cuts nor nonsense change or leak anything."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
@@ -131,6 +132,39 @@ def test_broken_calls(text: str, content: str, calls: list[tuple[str, str]]) -> 
         assert got[1].strip() == content
 
 
+def test_thoughts_about_calls_stay_thoughts() -> None:
+    assert parse("a <tool_call> here\n</think>b") == ("a here", "b", [])
+    assert parse("a <function=NAME> here</think>b") == ("a NAME> here", "b", [])
+    assert parse("a <tool_call>")[:2] == ("a", "")
+    assert parse("a\n<tool_call>\n<tool_call>\n" + call("f", n="1") + "b</think>c") == (
+        "a",
+        "bc",
+        [("f", '{"n": 1}')],
+    )
+
+
+def test_a_single_call_is_the_end() -> None:
+    parser = Parser(TOOLS, thinking=True, single=True)
+    text = "hm" + call("f", n="1")
+    parts = parser.push(text.removesuffix("</function>\n</tool_call>"))
+    assert not parser.over
+    parts += parser.push("</function>")
+    assert parser.over
+    parts += parser.push("\n</tool_call>" + call("f") + "more")
+    assert whole(parts + parser.finish()) == ("hm", "", [("f", '{"n": 1}')])
+
+
+def test_a_long_value_takes_linear_time() -> None:
+    parser, line = Parser(TOOLS, thinking=False), "<div>text</div>\n"
+    parser.push("<tool_call><function=f><parameter=s>")
+    began = time.perf_counter()
+    for _ in range(20_000):
+        assert parser.push(line) == []
+    assert time.perf_counter() - began < 5
+    (part,) = parser.push("</parameter>")
+    assert part == CallArguments(0, f'"s": {json.dumps((line * 20_000).removesuffix(chr(10)))}')
+
+
 def test_without_tools_a_call_is_content_without_its_tags() -> None:
     assert parse(call("f", n="1"), {}, thinking=False)[1].startswith("<function=f>")
     assert "tool_call" not in parse(call("f", n="1"), {}, thinking=False)[1]
@@ -211,6 +245,34 @@ def test_ten_thousand_random_answers_give_the_same_however_they_are_cut_and_leak
 def test_arguments(schema: object, value: str, expected: object) -> None:
     got = json.loads("{" + argument({"properties": {"k": schema}}, "k", value) + "}")["k"]
     assert (got, type(got)) == (expected, type(expected))
+
+
+def test_arguments_whose_schema_stands_elsewhere() -> None:
+    """As pydantic writes the schemas of nested models, enumerations and defaults."""
+    loop = {"anyOf": [{"$ref": "#/$defs/Loop"}, {"$ref": "#/$defs/Point"}] * 50}
+    schema = {
+        "properties": {
+            "point": {"$ref": "#/$defs/Point"},
+            "maybe": {"anyOf": [{"$ref": "#/$defs/Point"}, {"type": "null"}]},
+            "level": {"allOf": [{"$ref": "#/$defs/a~1b"}], "default": 1},
+            "three": {"const": 3},
+            "loop": {"$ref": "#/$defs/Loop"},
+            "gone": {"$ref": "#/$defs/x/y"},
+            "web": {"$ref": "http://x"},
+            "self": {"$ref": "#"},
+        },
+        "$defs": {"Point": {"type": "object"}, "a/b": {"enum": [1, 2]}, "Loop": loop},
+    }
+    for key, value, expected in (
+        ("point", '{"x": 1}', {"x": 1}),
+        ("maybe", "null", None),
+        ("maybe", '{"x": 1}', {"x": 1}),
+        ("level", "2", 2),
+        ("three", "3", 3),
+        ("loop", '{"x": 1}', {"x": 1}),
+        *((name, "1", "1") for name in ("gone", "web", "self", "unknown")),
+    ):
+        assert json.loads("{" + argument(schema, key, value) + "}") == {key: expected}
 
 
 def test_arguments_without_properties_are_strings() -> None:

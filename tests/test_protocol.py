@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 from fake_engine import MODEL, VOCAB, make_tokenizer
 
-from nanoserve.chat import MAX_MESSAGES, ChatWriter, parse_chat
+from nanoserve.chat import MAX_MESSAGES, parse_chat
+from nanoserve.chat_answer import ChatWriter
 from nanoserve.choice import AnswerFailed, Choice, Piece
 from nanoserve.completions import CompletionWriter, parse_completion
 from nanoserve.errors import EngineError, NanoserveError, QueueFull, RequestError
 from nanoserve.logprobs import CompletionLogprobs, chat_logprob
 from nanoserve.metrics import Histogram, Metrics, RequestRecord
 from nanoserve.parameters import Limits, choice_requests, usage, wire_logprob
+from nanoserve.parsing import Content
 from nanoserve.protocol import decode_json, error_answer, error_object
 from nanoserve.request import Event, Finish, PromptScores, SamplingParams, Token, TokenScore, brief
 from nanoserve.tokenizer import Tokenizer
@@ -300,6 +302,10 @@ class TestChoice:
         assert pieces == [Piece(0, token=Token(5)), Piece(0, finish="stop")]
 
 
+def said(index: int, text: str, token: Token | None = None) -> Piece:
+    return Piece(index, token=token, parts=(Content(text),))
+
+
 class TestChatWriter:
     def write(self, tokenizer: Tokenizer, **fields: Any) -> ChatWriter:
         return ChatWriter(HEAD, tokenizer, parse_chat({"messages": HI, **fields}, LIMITS))
@@ -307,9 +313,9 @@ class TestChatWriter:
     def test_chunks_role_first_end_last(self, tokenizer: Tokenizer) -> None:
         writer = self.write(tokenizer, stream=True)
         pieces = [
-            Piece(0, "a", Token(5)),
-            Piece(0, "", Token(6)),
-            Piece(0, "b", Token(7)),
+            said(0, "a", Token(5)),
+            Piece(0, token=Token(6)),
+            said(0, "b", Token(7)),
             Piece(0, finish="stop"),
         ]
         chunks = [chunk for piece in pieces for chunk in writer.chunks(piece)]
@@ -326,14 +332,14 @@ class TestChatWriter:
 
     def test_each_choice_has_a_role(self, tokenizer: Tokenizer) -> None:
         writer = self.write(tokenizer, stream=True, n=2)
-        pieces = [Piece(0, "a"), Piece(0, finish="stop"), Piece(1, finish="length")]
+        pieces = [said(0, "a"), Piece(0, finish="stop"), Piece(1, finish="length")]
         chunks = [chunk for piece in pieces for chunk in writer.chunks(piece)]
         roles = [c["choices"][0]["index"] for c in chunks if "role" in c["choices"][0]["delta"]]
         assert roles == [0, 1]
 
     def test_usage_is_null_until_its_own_chunk(self, tokenizer: Tokenizer) -> None:
         writer = self.write(tokenizer, stream=True, stream_options={"include_usage": True})
-        assert all(chunk["usage"] is None for chunk in writer.chunks(Piece(0, "a", Token(5))))
+        assert all(chunk["usage"] is None for chunk in writer.chunks(said(0, "a", Token(5))))
         last = writer.usage_chunk(usage(3, 4))
         assert last["choices"] == []
         assert last["usage"]["total_tokens"] == 7
@@ -342,12 +348,12 @@ class TestChatWriter:
         writer = self.write(tokenizer, n=2, logprobs=True)
         score = TokenScore(-0.5)
         pieces = [
-            Piece(0, "a", Token(5, score)),
+            said(0, "a", Token(5, score)),
             Piece(0, finish="stop"),
-            Piece(1, "b", Token(6, score)),
+            said(1, "b", Token(6, score)),
             Piece(1, finish="length"),
         ]
-        answer = writer.answer(pieces, usage(1, 2))
+        answer = writer.answer(pieces)
         assert answer["object"] == "chat.completion"
         assert [c["message"]["content"] for c in answer["choices"]] == ["a", "b"]
         assert [c["finish_reason"] for c in answer["choices"]] == ["stop", "length"]
@@ -406,7 +412,7 @@ class TestLogprobs:
             scores = PromptScores((None, *[TokenScore(-1.0, ((30, -1.0),))] * (count - 1)))
             pieces += [Piece(index, scores=scores), Piece(index, "x", Token(30, TokenScore(-2.0)))]
             pieces.append(Piece(index, finish="length"))
-        answer = writer.answer(pieces, usage(1, 1))
+        answer = writer.answer(pieces)
         assert [c["text"] for c in answer["choices"]] == ["abx", "abx", "cdx", "cdx"]
         for choice in answer["choices"]:
             lengths = {len(values) for values in choice["logprobs"].values()}
@@ -438,6 +444,48 @@ class TestMetrics:
             "x_sum 3.6",
             "x_count 4",
         ]
+
+    def test_timings_of_two_choices(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = [100.0]
+        monkeypatch.setattr("nanoserve.metrics.time.monotonic", lambda: now[0])
+
+        def after(seconds: float) -> None:
+            now[0] += seconds
+
+        record = RequestRecord(Metrics())
+        after(5.0)  # reading and tokenising the body
+        record.prompt(30)
+        for choice, (prefill, steps) in enumerate(((2.0, [0.5, 0.5]), (1.0, [0.25, 0.25, 0.25, 0.25]))):
+            after(prefill)
+            record.token(choice, reasoning=True)
+            for step in steps:
+                after(step)
+                record.token(choice)
+            after(0.125)
+            record.end("stop")
+        assert record.timings(60) == {
+            "cache_n": 0,
+            "prompt_n": 60,
+            "prompt_ms": 3000.0,
+            "prompt_per_second": 20.0,
+            "predicted_n": 8,
+            "predicted_ms": 2000.0,
+            "predicted_per_second": 3.0,
+        }
+        assert (record.ttft, record.tokens_per_second()) == (7.0, 3.0)
+        assert (record.completion_tokens, record.reasoning_tokens) == (8, 2)
+
+    def test_timings_of_a_prompt_that_is_only_scored(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = [100.0]
+        monkeypatch.setattr("nanoserve.metrics.time.monotonic", lambda: now[0])
+        record = RequestRecord(Metrics())
+        record.prompt(10)
+        assert record.timings(10)["prompt_per_second"] is None
+        now[0] += 2.0
+        record.end("length")
+        timings = record.timings(10)
+        assert (timings["prompt_ms"], timings["prompt_per_second"]) == (2000.0, 5.0)
+        assert (timings["predicted_n"], timings["predicted_per_second"]) == (0, None)
 
     def test_a_record_adds_to_the_totals(self) -> None:
         metrics = Metrics()

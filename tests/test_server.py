@@ -5,14 +5,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-from fake_engine import END, FakeEngine, Running, make_service, make_tokenizer, plain_config, running, until
+from fake_engine import END, PLAIN, FakeEngine, Running, make_service, make_tokenizer, plain_config, running, until
+from in_process import client_of, events_of
 from openai.types.chat import ChatCompletionMessage
 from starlette.testclient import TestClient
 
@@ -27,17 +27,6 @@ HI = [{"role": "user", "content": "hi"}]
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@contextmanager
-def client_of(engine: FakeEngine, tokenizer: Tokenizer | None, **options: object) -> Generator[TestClient]:
-    worker = Worker(lambda: engine, max_queue=4)
-    worker.wait_ready(5)
-    app = create_app(plain_config(**options), make_service(worker, tokenizer, engine))
-    try:
-        yield TestClient(app, base_url="http://localhost")
-    finally:
-        assert worker.close(5)
 
 
 @pytest.fixture
@@ -57,17 +46,10 @@ def server(tokenizer: Tokenizer) -> Iterator[Running]:
         yield server
 
 
-def events_of(text: str) -> list[Any]:
-    """The stream's chunks, and "[DONE]"; comments are left out."""
-    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
-    data = [block.removeprefix("data: ") for block in blocks]
-    return [item if item == "[DONE]" else json.loads(item) for item in data]
-
-
 class TestAnswers:
     @pytest.mark.parametrize("path", [CHAT, TEXT])
     def test_a_stream_says_what_a_whole_answer_says(self, client: TestClient, path: str) -> None:
-        body = {"messages": HI} if path == CHAT else {"prompt": "hi"}
+        body = {"messages": HI, **PLAIN} if path == CHAT else {"prompt": "hi"}
         body |= {"max_tokens": 40, "seed": 7, "ignore_eos": True, "n": 2}
         whole = client.post(path, json=body).json()
         options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -83,9 +65,25 @@ class TestAnswers:
         assert texts[0] != texts[1]
         assert len({chunk["id"] for chunk in chunks[:-1]}) == 1
 
+    @pytest.mark.parametrize("path", [CHAT, TEXT])
+    def test_timings_come_last(self, client: TestClient, path: str) -> None:
+        body = {"messages": HI} if path == CHAT else {"prompt": "hi"}
+        body |= {"max_tokens": 3, "ignore_eos": True, "n": 2}
+        answer = client.post(path, json=body).json()
+        usage, timings = answer["usage"], answer["timings"]
+        assert timings["prompt_n"] == 2 * usage["prompt_tokens"]
+        assert timings["predicted_n"] == usage["completion_tokens"] == 6
+        assert timings["prompt_ms"] > 0
+        assert timings["predicted_per_second"] > 0
+        for options in ({}, {"stream_options": {"include_usage": True}}):
+            *chunks, done = events_of(client.post(path, json={**body, "stream": True, **options}).text)
+            assert done == "[DONE]"
+            assert [i for i, chunk in enumerate(chunks) if "timings" in chunk] == [len(chunks) - 1]
+            assert chunks[-1]["timings"]["predicted_n"] == 6
+
     def test_one_token_a_chunk(self, client: TestClient, engine: FakeEngine, tokenizer: Tokenizer) -> None:
         engine.script = tokenizer.encode("one two three")
-        chunks = events_of(client.post(CHAT, json={"messages": HI, "stream": True}).text)
+        chunks = events_of(client.post(CHAT, json={"messages": HI, "stream": True, **PLAIN}).text)
         texts = [c["choices"][0]["delta"].get("content") for c in chunks[:-1]]
         assert texts == ["", *(tokenizer.token_text(id) for id in engine.script), None]
         assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
@@ -94,10 +92,10 @@ class TestAnswers:
         self, client: TestClient, engine: FakeEngine, tokenizer: Tokenizer
     ) -> None:
         engine.script = tokenizer.encode("ab")
-        answer = client.post(CHAT, json={"messages": HI}).json()
+        answer = client.post(CHAT, json={"messages": HI, **PLAIN}).json()
         assert answer["choices"][0]["message"]["content"] == "ab"
         assert answer["usage"]["completion_tokens"] == len(engine.script) + 1
-        answer = client.post(CHAT, json={"messages": HI, "ignore_eos": True, "max_tokens": 6}).json()
+        answer = client.post(CHAT, json={"messages": HI, "ignore_eos": True, "max_tokens": 6, **PLAIN}).json()
         assert answer["choices"][0]["message"]["content"] == "ab"
         assert answer["choices"][0]["finish_reason"] == "length"
         assert END not in engine.script
@@ -107,7 +105,7 @@ class TestAnswers:
         self, engine: FakeEngine, tokenizer: Tokenizer, client: TestClient, stream: bool
     ) -> None:
         engine.script = tokenizer.encode("hello wor")
-        body = {"messages": HI, "stop": ["lo w", "zzz"], "stream": stream}
+        body = {"messages": HI, "stop": ["lo w", "zzz"], "stream": stream, **PLAIN}
         response = client.post(CHAT, json=body)
         if stream:
             deltas = [c["choices"][0] for c in events_of(response.text)[:-1]]
@@ -378,7 +376,7 @@ class TestClientsThatLeave:
 
     def test_a_stop_string_frees_the_engine(self, server: Running, tokenizer: Tokenizer) -> None:
         server.engine.script = tokenizer.encode("one two three " * 40)
-        body = {"messages": HI, "stop": " two"}
+        body = {"messages": HI, "stop": " two", **PLAIN}
         answer = httpx.post(server.url + CHAT, json=body, timeout=10).json()
         assert answer["choices"][0]["message"]["content"] == "one"
         until(lambda: server.worker.running == 0, 1)
@@ -407,7 +405,7 @@ class TestClientsThatLeave:
 
 class TestLoad:
     def test_two_hundred_at_once(self, tokenizer: Tokenizer) -> None:
-        body = {"messages": HI, "max_tokens": 4, "ignore_eos": True, "seed": 1}
+        body = {"messages": HI, "max_tokens": 4, "ignore_eos": True, "seed": 1, **PLAIN}
         with (
             running(tokenizer, FakeEngine(delay=0.002), max_queue=20) as server,
             httpx.Client(limits=httpx.Limits(max_connections=200), timeout=30) as http,
@@ -418,6 +416,7 @@ class TestLoad:
             assert {answer.status_code for answer in answers} == {200, 503}
             texts = {a.json()["choices"][0]["message"]["content"] for a in answers if a.status_code == 200}
             assert len(texts) == 1
+            assert texts != {""}
             for refused in (answer for answer in answers if answer.status_code == 503):
                 assert int(refused.headers["retry-after"]) >= 1
                 assert refused.json()["error"]["code"] == "queue_full"

@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from nanoserve.chat import Conversation
 from nanoserve.errors import CheckpointError, RequestError, UnsupportedModel
 from nanoserve.random_tokenizer import write_tokenizer
+from nanoserve.reasoning import Thinking
 from nanoserve.tokenizer import Tokenizer
+from nanoserve.tools import Tools
 
 Spec = dict[str, Any]
 TEXTS = [
@@ -140,7 +142,8 @@ def test_special_tokens_of_the_post_processor(spec: Spec) -> None:
 
 
 def test_a_chat_asks_for_special_tokens_only_where_there_are_none_to_add(spec: Spec) -> None:
-    chat = Conversation([{"role": "user", "content": "the"}], True, {}, add_special_tokens=True)
+    messages = [{"role": "user", "content": "the"}]
+    chat = Conversation(messages, Tools(), Thinking({}), True, add_special_tokens=True)
     plain, adding = (Tokenizer(kind, "{{ messages[0].content }}") for kind in (spec, beginning_with_s(spec)))
     assert chat.encode(plain) == tuple(plain.encode("the"))
     with pytest.raises(RequestError, match="must be false") as caught:
