@@ -120,7 +120,9 @@ class TestProcess:
             before = time.monotonic()
             process.send_signal(signal.SIGINT)
             process.wait(5)
-            assert time.monotonic() - before < 1
+            assert time.monotonic() - before < 1.5, (
+                "the last bytes have two seconds, which the second signal cuts short"
+            )
             assert "data: [DONE]" not in list(lines)
         _, errors = process.communicate()
         assert "Traceback" not in errors
@@ -143,7 +145,9 @@ class TestProcess:
             before = time.monotonic()
             process.send_signal(signal.SIGTERM)
             assert process.wait(5) == 0
-            assert time.monotonic() - before < 1
+            assert time.monotonic() - before < 1.5, (
+                "the last bytes have two seconds, which the second signal cuts short"
+            )
 
     def test_health_answers_while_large_bodies_are_prepared(self, start: StartServer) -> None:
         """The clients' own work is not in the server's process."""
