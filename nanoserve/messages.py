@@ -23,7 +23,8 @@ _COMMON_KEYS = frozenset({"role", "content", "name"})
 _KEYS = {
     "system": _COMMON_KEYS,
     "user": _COMMON_KEYS,
-    "assistant": _COMMON_KEYS | {"tool_calls", "reasoning_content", "reasoning", "annotations"},
+    "assistant": _COMMON_KEYS
+    | {"tool_calls", "reasoning_content", "reasoning", "annotations", "provider_specific_fields"},
     "tool": _COMMON_KEYS | {"tool_call_id"},
 }
 _STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning")
@@ -85,8 +86,11 @@ def _message(message: object, where: str) -> dict[str, Any]:
         _refuse(f"{where}.role", role, f"one of {', '.join(ROLES)}")
     given["role"] = ROLES[role]
     _check_keys(given, where)
-    if "annotations" in given:  # citations that an answer came with; they are no part of a prompt
+    # Citations, and litellm's copy of unusual fields: an answer comes back with them, and no prompt has them.
+    if "annotations" in given:
         _list(given.pop("annotations"), f"{where}.annotations")
+    if "provider_specific_fields" in given:
+        _mapping(given.pop("provider_specific_fields"), f"{where}.provider_specific_fields")
     _merge_reasoning(given, where)
     if "tool_calls" in given:
         calls = _list(given["tool_calls"], f"{where}.tool_calls")

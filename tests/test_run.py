@@ -117,9 +117,11 @@ def test_chat_equals_the_references_greedy_tokens(server: Server, random_checkpo
     reference = reference_model(write_twin(random_checkpoint, tmp_path / "twin"))
     want = reference_greedy(reference, ids, 32)
     answer = server.client().chat.completions.create(
-        model="model", messages=CHAT, max_tokens=32, temperature=0, extra_body={"ignore_eos": True}
+        model="model", messages=CHAT, max_tokens=32, temperature=0, logprobs=True, extra_body={"ignore_eos": True}
     )
-    assert answer.choices[0].message.content == tokenizer.decode(want)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs
+    assert [entry.token for entry in logprobs.content or []] == [tokenizer.token_text(id) for id in want]
     assert answer.usage
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 32)
 
