@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python tests/gpu_check.py COMMIT > tests/results/torch_column_NAME.json
 
-Float32 on both: logits of 150 tokens, 64 greedy, 64 seeded and 64 constrained tokens of ModelOpt's checkpoints,
-which have vocabularies of 512. Then the default GPU types (BF16, FP8 KV where declared) against float32 on the
-CPU, for information: these are noise models, whose router choices flip on any rounding. Last, Nano's geometry cut to
-12 layers and 16 experts, which shows that real sizes run and what the reference costs there: medians of three runs.
+Float32 on both: logits of 150 tokens, and 64 tokens of ModelOpt's checkpoints, greedy, seeded and constrained
+(they have vocabularies of 512). Then the default GPU types (BF16, FP8 KV where declared) against float32 on the
+CPU, for information: these are noise models, whose router choices flip on any rounding. Last, Nano's geometry cut
+to 12 layers and 16 experts, which shows that real sizes run and what the reference costs there: medians of three.
 """
 
 import json
