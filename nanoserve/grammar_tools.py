@@ -207,7 +207,7 @@ def _kinds(branch: Schema) -> list[str]:
     kinds = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
     if "type" in branch:
         return [branch["type"]]
-    return [kinds.get(type(value), "null") for value in branch.get("enum", ())]
+    return [kinds.get(type(value), "null") for value in _values(branch) or ()]
 
 
 def _is_text(branch: Schema) -> bool:
@@ -215,7 +215,7 @@ def _is_text(branch: Schema) -> bool:
     values = _values(branch)
     if "type" in branch:
         return branch["type"] == "string"
-    return values is None or any(isinstance(value, str) for value in values) or "const" in branch
+    return values is None or any(isinstance(value, str) for value in values)
 
 
 def _searched(pattern: str) -> str:

@@ -45,7 +45,8 @@ TOOLS: Mapping[str, Mapping[str, Any]] = {
         "properties": {
             "on": {"type": "boolean"},
             "tags": {"type": "array", "items": {"type": "integer"}, "maxItems": 3},
-            "options": {"$ref": "#/$defs/Options", "type": "object"},
+            "options": {"$ref": "#/$defs/Options"},
+            "five": {"const": 5},
             "note": {"type": ["string", "null"]},
             "mixed": {"enum": ["a", 1, None, "null", "1"]},
             "kind": {"anyOf": [{"enum": ["p", "q"], "type": "string"}, {"type": "null"}]},
@@ -57,7 +58,12 @@ TOOLS: Mapping[str, Mapping[str, Any]] = {
         },
         "required": ["on", "tags"],
         "$defs": {
-            "Options": {"properties": {"x": {"type": "number"}}, "required": ["x"], "additionalProperties": False},
+            "Options": {
+                "type": "object",
+                "properties": {"x": {"type": "number"}},
+                "required": ["x"],
+                "additionalProperties": False,
+            },
             "Colour": {"enum": ["red", "green"], "type": "string"},
         },
     },
@@ -275,7 +281,7 @@ def test_what_a_call_may_say(answerer: Answerer) -> None:
         ({"properties": {"a": {"type": "string", "format": "phone"}}}, "phone"),
         ({"properties": {"a": {"type": "string", "uniqueItems": True}}}, "uniqueItems"),
         ({"properties": {"a": {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 3}]}}}, "conditions"),
-        ({"properties": {"a": {"const": 5}}}, "type"),
+        ({"properties": {"a": {"enum": ["5", "null"], "type": ["integer", "null", "string"]}}}, "values"),
         ({"properties": {"a": {"allOf": [{"type": "string"}, {"minLength": 3}]}}}, "type"),
         ({"properties": {"a": {"type": "string", "minLength": "9}"}}}, "whole number"),
         ({"properties": {"a": {"type": "string", "pattern": 3}}}, "pattern"),
