@@ -25,11 +25,14 @@ class SamplerState:
         min_tokens: the tokens in ``ends`` are masked while ``step`` is less.
         seed: 64 bits.
         biased: ``bias`` holds something.
+        restricted: only the ids of ``allowed`` may be drawn.
         bias: float32 [V].
         seen: tokens of prompt and answer, bool [V].
         counts: how often each token was generated, float32 [V].
         ends: tokens that end the answer, bool [V].
         step: tokens drawn so far, int64 [1].
+        allowed: a bit an id, int32 [ceil(V / 32)]: id i is bit i % 32 of word i // 32.
+        staged: the same on the host, pinned where the device is a GPU: what ``allowed`` is copied from.
     """
 
     bias: Tensor
@@ -37,6 +40,8 @@ class SamplerState:
     counts: Tensor
     ends: Tensor
     step: Tensor
+    allowed: Tensor
+    staged: Tensor
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -47,16 +52,20 @@ class SamplerState:
     min_tokens: int = 0
     seed: int = 0
     biased: bool = False
+    restricted: bool = False
 
     @classmethod
     def allocate(cls, vocab_size: int, device: torch.device) -> "SamplerState":
         """A state for one request at a time."""
+        words = -(-vocab_size // 32)
         return cls(
             bias=torch.zeros(vocab_size, device=device),
             seen=torch.zeros(vocab_size, dtype=torch.bool, device=device),
             counts=torch.zeros(vocab_size, device=device),
             ends=torch.zeros(vocab_size, dtype=torch.bool, device=device),
             step=torch.zeros(1, dtype=torch.int64, device=device),
+            allowed=torch.zeros(words, dtype=torch.int32, device=device),
+            staged=torch.zeros(words, dtype=torch.int32, pin_memory=device.type == "cuda"),
         )
 
 
@@ -82,7 +91,7 @@ def sample(logits: Tensor, state: SamplerState) -> Tensor:
 
 
 def _adjusted(logits: Tensor, state: SamplerState) -> Tensor:
-    """Bias, penalties and the mask of min_tokens."""
+    """Bias, penalties, and the masks of min_tokens and of the constraint."""
     scores = logits.clone()
     if state.biased:
         scores += state.bias
@@ -93,7 +102,15 @@ def _adjusted(logits: Tensor, state: SamplerState) -> Tensor:
         scores -= state.presence * (state.counts > 0) + state.frequency * state.counts
     if state.min_tokens:
         scores = scores.masked_fill(state.ends & (state.step < state.min_tokens), -torch.inf)
+    if state.restricted:
+        scores = scores.masked_fill(~_unpacked(state.allowed)[: len(scores)], -torch.inf)
     return scores
+
+
+def _unpacked(words: Tensor) -> Tensor:
+    """Bits of int32 [W], lowest first, as bool [32 W]."""
+    places = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words.unsqueeze(-1) >> places) & 1).flatten().bool()
 
 
 def _truncated(scores: Tensor, state: SamplerState) -> Tensor:

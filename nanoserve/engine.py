@@ -13,9 +13,9 @@ from nanoserve.cache import Cache, Sequence
 from nanoserve.errors import ContextLengthError, EngineError, RequestError
 from nanoserve.kernels.sample import SamplerState
 from nanoserve.models.nemotron_h import NemotronH
-from nanoserve.request import Event, Finish, PromptScores, Request, SamplingParams, Token, TokenScore, brief
-from nanoserve.sampler import SCORE_ROWS, begin_sampling, token_scores
-from nanoserve.step import NOT_FINITE, DecodeBuffers, begin_decode, decode, prefill
+from nanoserve.request import Constraint, Event, Finish, PromptScores, Request, Token, TokenScore, brief
+from nanoserve.sampler import SCORE_ROWS, begin_sampling, restrict, token_scores
+from nanoserve.step import NOT_FINITE, DecodeBuffers, advance, begin_decode, draw, prefill
 
 Cancelled = Callable[[], bool]
 
@@ -68,7 +68,7 @@ class Engine:
         """Refuse what cannot be run, before it is queued; safe on any thread.
 
         Raises:
-            RequestError: an empty prompt, or an id outside the vocabulary.
+            RequestError: an empty prompt, an id outside the vocabulary, or a constraint without an end.
             ContextLengthError: the prompt leaves no room for an answer.
         """
         length, vocab = len(request.prompt), self.model.config.vocab_size
@@ -78,6 +78,11 @@ class Engine:
             raise RequestError("prompt is empty and must have at least one token", param="prompt")
         if length + (request.sampling.max_tokens != 0) > self.max_context:
             raise ContextLengthError(length, self.max_context)
+        if request.constraint is not None and request.sampling.ignore_eos:
+            raise RequestError(
+                "ignore_eos is True, and a constrained answer ends where its constraint says: leave one out",
+                param="ignore_eos",
+            )
         fields = {
             "prompt": request.prompt,
             "logit_bias": request.sampling.logit_bias,
@@ -124,27 +129,35 @@ class Engine:
             if params.prompt_logprobs is not None:
                 yield PromptScores(tuple(scores))
             if budget and hidden is not None:
-                yield from self._answer(params, prompt, budget, sequence, hidden[-1:], cancelled)
+                yield from self._answer(request, prompt, budget, sequence, hidden[-1:], cancelled)
             else:
                 yield Finish("length")
 
     def _answer(
         self,
-        params: SamplingParams,
+        request: Request,
         prompt: Tensor,
         budget: int,
         sequence: Sequence,
         hidden: Tensor,
         cancelled: Cancelled,
     ) -> Generator[Event]:
-        """Decode until an end token, the budget, or cancellation."""
+        """Decode until an end token, the constraint's end, the budget, or cancellation."""
+        params = request.sampling
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else self.end_ids)
         begin_sampling(self.sampler, params, prompt, ends)
-        begin_decode(self.model, sequence, hidden, self.buffers, self.sampler)
+        begin_decode(self.model, sequence, hidden, self.buffers)
+        # Making it is the host's work, as every mask is: done while the device runs what is queued.
+        constraint = request.constraint() if request.constraint is not None else None
         for count in range(1, budget + 1):
+            if not self._draw(constraint):
+                yield Finish("stop")
+                return
             token = self._drawn()
             yield Token(token, self._token_score(token, params.logprobs))
-            if token in ends:
+            if constraint is not None:
+                constraint.push(token)
+            if token in ends or (constraint is not None and constraint.ended):
                 yield Finish("stop")
                 return
             if count == budget:
@@ -152,8 +165,18 @@ class Engine:
             if cancelled():
                 yield Finish("cancelled")
                 return
-            decode(self.model, self.cache, sequence, self.buffers, self.sampler)
+            advance(self.model, self.cache, sequence, self.buffers)
         yield Finish("length")
+
+    def _draw(self, constraint: Constraint | None) -> bool:
+        """Draw a token that the constraint allows; False when it allows none, for the answer is complete."""
+        if constraint is not None:
+            allowed = constraint.allowed()
+            if constraint.ended:
+                return False
+            restrict(self.sampler, allowed)
+        draw(self.model, self.buffers, self.sampler)
+        return True
 
     def _force(self, request: ForcedRequest, cancelled: Cancelled) -> Generator[Event]:
         """As an answer is made, prefill and then decode steps, but every step is told its token."""
@@ -167,14 +190,14 @@ class Engine:
                     return
                 hidden = prefill(self.model, self.cache, sequence, chunk)
             begin_sampling(self.sampler, request.sampling, prompt, ())
-            begin_decode(self.model, sequence, hidden[-1:], self.buffers, self.sampler)
+            begin_decode(self.model, sequence, hidden[-1:], self.buffers)
             request.deliver(self._logprobs())
             for token in answer[:-1]:
                 if cancelled():
                     yield Finish("cancelled")
                     return
                 self.buffers.ids.fill_(token)
-                decode(self.model, self.cache, sequence, self.buffers, self.sampler)
+                advance(self.model, self.cache, sequence, self.buffers)
                 request.deliver(self._logprobs())
         yield Finish("length")
 
@@ -187,6 +210,7 @@ class Engine:
 
     def _logprobs(self) -> Tensor:
         """Ln p of the vocabulary after the last step, float32 [V]."""
+        draw(self.model, self.buffers, self.sampler)
         self._drawn()
         return self.buffers.logits.log_softmax(dim=-1)
 

@@ -4,6 +4,7 @@ import operator
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -14,9 +15,11 @@ from torch import Tensor
 from nanoserve.checkpoint import open_checkpoint
 from nanoserve.choice import Choice, Piece
 from nanoserve.config import EngineConfig, build
+from nanoserve.constraint import Constraints
 from nanoserve.engine import ForcedRequest
 from nanoserve.errors import EngineError, RequestError
 from nanoserve.files import DEMO_MODEL
+from nanoserve.grammar import Grammar
 from nanoserve.request import (
     FinishReason,
     Request,
@@ -89,6 +92,15 @@ class LocalEngine:
         """Tokens of prompt and answer together."""
         return self.prepared.memory.max_context
 
+    @cached_property
+    def _constraints(self) -> Constraints:
+        if self.tokenizer is None:
+            raise RequestError(
+                "grammar and thinking_budget need a tokenizer.json in the checkpoint", param="grammar"
+            )
+        ends = [id for id in self.prepared.checkpoint.eos_token_ids if id < self.prepared.config.vocab_size]
+        return Constraints(self.tokenizer, self.prepared.config.vocab_size, ends)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
 
@@ -115,20 +127,29 @@ class LocalEngine:
             )
         return self.tokenizer
 
-    def generate(self, prompt: Prompt, **sampling: Any) -> Completion:
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        grammar: Grammar | None = None,
+        thinking_budget: int | None = None,
+        **sampling: Any,
+    ) -> Completion:
         """Answer a prompt.
 
         Args:
             prompt: a string (continued as it is), chat messages, or token ids.
+            grammar: what the answer, or what follows its reasoning, must be: see `nanoserve.grammar`.
+            thinking_budget: tokens of reasoning at most, from 0.
             sampling: fields of `SamplingParams`; what is left out comes from the checkpoint's
                 generation_config.json, then from the defaults there.
 
         Raises:
-            RequestError: the prompt or a field cannot be served as asked.
+            RequestError: the prompt, a field or the grammar cannot be served as asked.
             EngineError: the engine failed.
         """
         ids = self.encode(prompt)
-        deltas = list(self._stream(ids, self._params(sampling)))
+        deltas = list(self._stream(ids, sampling, grammar, thinking_budget))
         tokens = [token for delta in deltas for token in delta.token_ids]
         scores = [score for delta in deltas for score in delta.logprobs]
         return Completion(
@@ -139,12 +160,19 @@ class LocalEngine:
             logprobs=scores if sampling.get("logprobs") is not None else None,
         )
 
-    def stream(self, prompt: Prompt, **sampling: Any) -> Generator[Delta]:
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        grammar: Grammar | None = None,
+        thinking_budget: int | None = None,
+        **sampling: Any,
+    ) -> Generator[Delta]:
         """Like `generate`, a delta at a time; closing the iterator cancels the request.
 
         The request is checked here, before the first delta is asked for.
         """
-        return self._stream(self.encode(prompt), self._params(sampling))
+        return self._stream(self.encode(prompt), sampling, grammar, thinking_budget)
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Ln p(token i+1 | tokens up to i), n - 1 values for n tokens.
@@ -210,8 +238,14 @@ class LocalEngine:
                 given[name] = tuple(given[name])
         return SamplingParams(**(self._defaults | given))
 
-    def _stream(self, ids: Sequence[int], params: SamplingParams) -> Generator[Delta]:
-        request = Request(tuple(ids), params)
+    def _stream(
+        self, ids: Sequence[int], sampling: Mapping[str, Any], grammar: Grammar | None, budget: int | None
+    ) -> Generator[Delta]:
+        params = self._params(sampling)
+        constraint = None
+        if grammar is not None or budget is not None:
+            constraint = self._constraints.of(ids, grammar, budget)
+        request = Request(tuple(ids), params, constraint=constraint)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer.json in the checkpoint", param="stop")
         self._worker.wait_ready().check(request)

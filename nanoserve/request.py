@@ -4,10 +4,10 @@ A request yields `PromptScores` (when asked for), then `Token`s, and always exac
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 from nanoserve.errors import CheckpointError, RequestError
 
@@ -22,7 +22,8 @@ class SamplingParams:
     """How tokens are chosen.
 
     The order of operations is: logit_bias, repetition, presence and frequency penalties, then the mask that
-    keeps end tokens away before ``min_tokens``, temperature, min_p, top_k, top_p, draw.
+    keeps end tokens away before ``min_tokens``, the mask of the request's constraint, temperature, min_p, top_k,
+    top_p, draw.
 
     Attributes:
         max_tokens: tokens to generate at most; None generates until the context is full, 0 only scores.
@@ -37,7 +38,7 @@ class SamplingParams:
         logit_bias: added to the logits of these token ids, each in [-100, 100].
         seed: same seed, same text; None draws a fresh one.
         logprobs: None for none, otherwise that many alternatives a token (0: the chosen one only).
-            They are of the model's own distribution, before bias, penalties and temperature.
+            They are of the model's own distribution, before bias, penalties, constraint and temperature.
         prompt_logprobs: the same for the prompt's tokens.
         stop: strings that end the text (matched above the engine; never part of the text).
         stop_token_ids: token ids that end the answer, besides the model's own end tokens.
@@ -164,6 +165,36 @@ def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(params, name) for name in found}
 
 
+class Constraint(Protocol):
+    """What one answer may say next. It has a state, and belongs to the engine's thread."""
+
+    @property
+    def ended(self) -> bool:
+        """The answer is complete: nothing may follow."""
+        ...
+
+    def allowed(self) -> bytes | None:
+        """The ids that may come next, or None for every id; asked for once a token, before it is drawn.
+
+        It may find that nothing can come, which `ended` then tells.
+
+        Returns:
+            A bit an id of the model's vocabulary, padded to 32: id i is bit i % 8 of byte i // 8.
+
+        Raises:
+            RequestError: what it follows has become too complex to go on with.
+        """
+        ...
+
+    def push(self, token: int) -> None:
+        """Take note of the token that was drawn.
+
+        Raises:
+            RequestError: as `allowed`.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt and how to continue it.
@@ -172,11 +203,13 @@ class Request:
         prompt: token ids, at least one.
         sampling: how to choose tokens.
         id: appears in logs, and in answers as the x-request-id header.
+        constraint: makes the constraint that the answer is to keep, when it begins; None lets it say anything.
     """
 
     prompt: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     id: str = ""
+    constraint: Callable[[], Constraint] | None = None
 
 
 @dataclass(frozen=True, slots=True)

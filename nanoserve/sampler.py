@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Collection
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ def begin_sampling(state: SamplerState, params: SamplingParams, prompt: Tensor, 
         tensor.zero_()
     state.seen[prompt] = True
     state.ends[list(end_ids)] = True
+    state.restricted = False
     state.biased = bool(params.logit_bias)
     if state.biased:
         values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=prompt.device)
@@ -35,6 +37,21 @@ def begin_sampling(state: SamplerState, params: SamplingParams, prompt: Tensor, 
     state.repetition = params.repetition_penalty
     state.presence, state.frequency = params.presence_penalty, params.frequency_penalty
     state.seed = secrets.randbits(64) if params.seed is None else params.seed & (2**64 - 1)
+
+
+def restrict(state: SamplerState, allowed: bytes | None) -> None:
+    """Set the ids that the next draw may choose from, without waiting for the device.
+
+    The host must have read the token drawn before: only then is the last copy out of ``staged`` surely done.
+
+    Args:
+        state: **updated**.
+        allowed: as `Constraint.allowed` gives them.
+    """
+    state.restricted = allowed is not None
+    if allowed is not None:
+        state.staged.numpy()[:] = np.frombuffer(allowed, dtype="<i4")
+        state.allowed.copy_(state.staged, non_blocking=True)
 
 
 def token_scores(logits: Tensor, ids: Tensor, alternatives: int) -> list[TokenScore]:

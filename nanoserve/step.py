@@ -1,4 +1,10 @@
-"""The two phases of a sequence: prefill, a chunk at a time, and decode, a step at a time."""
+"""The two phases of a sequence: prefill, a chunk at a time, and decode, a step at a time.
+
+A decode step has two halves: `draw` draws a token and feeds it back, `advance` runs it for the next logits. Both
+work between fixed addresses, so that a CUDA graph can hold them once every op has a backend that does not ask the
+host (the torch column's attention and experts do); only ``sequence.length`` is the host's. Before it draws for a
+constrained request, the host sets a mask, which it works out while the device still advances.
+"""
 
 from dataclasses import dataclass
 
@@ -54,32 +60,27 @@ class DecodeBuffers:
 
 
 @torch.inference_mode()
-def begin_decode(
-    model: NemotronH, sequence: Sequence, hidden: Tensor, buffers: DecodeBuffers, sampler: SamplerState
-) -> None:
-    """Draw the first token from the prompt's last hidden state [1, H] and set the buffers up."""
-    _draw(model, hidden, buffers, sampler)
+def begin_decode(model: NemotronH, sequence: Sequence, hidden: Tensor, buffers: DecodeBuffers) -> None:
+    """Set the buffers up, with the logits of the prompt's last hidden state [1, H]: the first `draw` is next."""
+    buffers.logits.copy_(model.logits(hidden)[0])
     buffers.positions.fill_(sequence.length)
 
 
-def _draw(model: NemotronH, hidden: Tensor, buffers: DecodeBuffers, sampler: SamplerState) -> None:
-    """Sample from a hidden state [1, H]; the id is `NOT_FINITE` where the logits hold NaN or infinity."""
-    buffers.logits.copy_(model.logits(hidden)[0])
+@torch.inference_mode()
+def draw(model: NemotronH, buffers: DecodeBuffers, sampler: SamplerState) -> None:
+    """Draw a token from the logits; its id is `NOT_FINITE` where they hold NaN or infinity.
+
+    ``buffers.ids`` gets it, and `advance` runs it.
+    """
     token = model.ops.sample(buffers.logits, sampler)
     # NaN and infinity show in the sum, which is one pass and 17 times faster than asking every value.
     buffers.ids.copy_(torch.where(buffers.logits.sum().isfinite(), token, NOT_FINITE))
 
 
 @torch.inference_mode()
-def decode(
-    model: NemotronH, cache: Cache, sequence: Sequence, buffers: DecodeBuffers, sampler: SamplerState
-) -> None:
-    """Run the token in ``buffers`` and draw the next: embedding → layers → head → sample → fed back.
-
-    All of it works between fixed addresses, so that a CUDA graph can hold it once every op has a backend that
-    does not ask the host (the torch column's attention and experts do); only ``sequence.length`` is the host's.
-    """
+def advance(model: NemotronH, cache: Cache, sequence: Sequence, buffers: DecodeBuffers) -> None:
+    """Run the token in ``buffers``: embedding → layers → head → logits."""
     span = Span(buffers.ids, buffers.positions, sequence, cache, decode=True)
-    _draw(model, model.forward(span), buffers, sampler)
+    buffers.logits.copy_(model.logits(model.forward(span))[0])
     buffers.positions.add_(1)
     sequence.length += 1

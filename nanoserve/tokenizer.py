@@ -166,6 +166,15 @@ class Tokenizer:
         """
         return self._bytes.get(id, b"")
 
+    @property
+    def controls(self) -> Mapping[str, int]:
+        """The control tokens: their text, and their id."""
+        return MappingProxyType(self._controls)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text, in which nothing is a control token."""
+        return self._encode_plain(text)
+
     def is_hidden(self, id: int) -> bool:
         """Whether the token is a control token that never shows in text."""
         return id in self._hidden

@@ -26,6 +26,7 @@ FLOORS = (
     {"arguments", "parsing"},
     {"tokenizer", "template", "messages", "text", "choice", "worker", "random_tokenizer", "random_checkpoint"},
     {"models.demo"},
+    {"grammar_schema", "grammar_tools", "grammar_trial", "grammar", "constraint"},
     {"protocol", "parameters", "logprobs", "metrics", "local", "gsm8k", "eval_questions"},
     {"reasoning", "tools", "logs", "client", "page"},
     {"http_guard", "http_timeouts", "answers", "chat", "chat_answer", "completions", "terminal"},

@@ -144,7 +144,7 @@ def test_score_is_of_each_following_token(engine: LocalEngine) -> None:
         ({"ignore_eos": "no"}, "ignore_eos"),
     ],
 )
-def test_bad_fields_are_named(engine: LocalEngine, sampling: dict[str, object], param: str) -> None:
+def test_bad_fields_are_named(engine: LocalEngine, sampling: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
         engine.stream("abc", **sampling)  # before the first delta is asked for
     assert caught.value.param == param

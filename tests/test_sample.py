@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nanoserve.kernels.sample import SamplerState, sample
 from nanoserve.request import SamplingParams
-from nanoserve.sampler import begin_sampling, token_scores
+from nanoserve.sampler import begin_sampling, restrict, token_scores
 
 VOCAB = 8
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, 1.5, -2.0, 0.2])
@@ -110,3 +110,29 @@ def test_a_request_leaves_nothing_to_the_next() -> None:
         [int(sample(LOGITS, own)) for _ in range(3)] == [int(sample(LOGITS, fresh)) for _ in range(3)] == [0] * 3
     )
     assert [tensor.data_ptr() for tensor in (own.bias, own.seen, own.counts, own.ends, own.step)] == addresses
+
+
+def restricted(ids: set[int], **fields: Any) -> SamplerState:
+    own = state(**fields)
+    restrict(own, sum(1 << id for id in ids).to_bytes(4, "little"))
+    return own
+
+
+def test_only_what_is_allowed_is_drawn() -> None:
+    assert sample(LOGITS, restricted({3, 6}, temperature=0.0)).item() == 3
+    own = restricted({3, 6}, seed=1)
+    assert {int(sample(LOGITS, own)) for _ in range(200)} == {3, 6}
+    restrict(own, None)
+    assert {int(sample(LOGITS, own)) for _ in range(200)} > {3, 6}
+
+
+def test_truncation_is_of_what_is_allowed() -> None:
+    for fields in ({"top_k": 1}, {"top_p": 0.01}, {"min_p": 0.9}):
+        own = restricted({3, 6}, seed=1, **fields)
+        assert {int(sample(LOGITS, own)) for _ in range(50)} == {3}
+
+
+def test_a_new_request_is_not_restricted() -> None:
+    own = restricted({6}, temperature=0.0)
+    begin_sampling(own, SamplingParams(temperature=0.0), torch.tensor([3]), ())
+    assert sample(LOGITS, own).item() == 0
