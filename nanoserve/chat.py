@@ -10,6 +10,7 @@ from nanoserve.parameters import Delivery, Limits, parse_delivery, parse_model, 
 from nanoserve.protocol import Fields, refuse
 from nanoserve.reasoning import Thinking, opening, parse_thinking
 from nanoserve.request import MAX_TOP_LOGPROBS, SamplingParams
+from nanoserve.structured import Held, parse_held
 from nanoserve.tokenizer import Tokenizer
 from nanoserve.tools import Tools, parse_tools
 
@@ -54,6 +55,7 @@ class ChatCall:
     conversation: Conversation
     sampling: SamplingParams
     delivery: Delivery
+    held: Held
 
     def reading(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> Reading:
         """How an answer to the encoded prompt is read.
@@ -112,11 +114,12 @@ def parse_chat(body: Mapping[str, Any], limits: Limits) -> ChatCall:
     parse_model(fields, limits.model)
     conversation = parse_conversation(fields)
     delivery = parse_delivery(fields)
+    held = parse_held(fields, conversation.tools)
     sampling = parse_sampling(
         fields, limits, max_tokens=_parse_max_tokens(fields), logprobs=_parse_logprobs(fields)
     )
     fields.done()
-    return ChatCall(conversation, sampling, delivery)
+    return ChatCall(conversation, sampling, delivery, held)
 
 
 def _parse_max_tokens(fields: Fields) -> int | None:

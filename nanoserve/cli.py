@@ -98,6 +98,7 @@ def _run(options: argparse.Namespace) -> int:
             model_name=server_options.served_model_name or checkpoint.name,
             max_context=prepared.memory.max_context,
             vocab_size=prepared.config.vocab_size,
+            end_ids=prepared.end_ids,
             sampling_defaults=defaults,
         )
         code = server.serve(server_options, service, socket)

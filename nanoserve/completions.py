@@ -10,6 +10,7 @@ from nanoserve.logprobs import CompletionLogprobs
 from nanoserve.parameters import Delivery, Limits, parse_delivery, parse_model, parse_sampling
 from nanoserve.protocol import Fields, checked_text, refuse, token_ids
 from nanoserve.request import MAX_TOP_LOGPROBS, SamplingParams
+from nanoserve.structured import Held, parse_held
 from nanoserve.tokenizer import Tokenizer
 
 MAX_PROMPTS = 128
@@ -29,6 +30,7 @@ class CompletionCall:
     delivery: Delivery
     echo: bool
     return_token_ids: bool
+    held: Held
 
 
 def parse_completion(body: Mapping[str, Any], limits: Limits) -> CompletionCall:
@@ -44,6 +46,7 @@ def parse_completion(body: Mapping[str, Any], limits: Limits) -> CompletionCall:
     if len(prompts) * delivery.choices > MAX_PROMPTS:
         message = f"n is {delivery.choices} for {len(prompts)} prompts: at most {MAX_PROMPTS} answers a request"
         raise RequestError(message, param="n")
+    held = parse_held(fields)
     echo, return_ids = fields.boolean("echo"), fields.boolean("return_token_ids")
     max_tokens = fields.integer("max_tokens", 0, MAX_TOKENS)
     logprobs = fields.integer("logprobs", 0, MAX_TOP_LOGPROBS)
@@ -57,7 +60,7 @@ def parse_completion(body: Mapping[str, Any], limits: Limits) -> CompletionCall:
         prompt_logprobs=logprobs if echo else None,
     )
     fields.done()
-    return CompletionCall(prompts, sampling, delivery, echo, return_ids)
+    return CompletionCall(prompts, sampling, delivery, echo, return_ids, held)
 
 
 def parse_prompts(value: object, limits: Limits) -> list[TextOrIds]:

@@ -179,6 +179,7 @@ class Constraints:
         thinking_budget: int | None = None,
         *,
         param: str = "grammar",
+        budget_param: str = "thinking_budget",
     ) -> Callable[[], Constraint] | None:
         """What a `Request` takes as its constraint. May take seconds: not for a thread that others wait for.
 
@@ -187,6 +188,7 @@ class Constraints:
             grammar: what the answer, or what follows its reasoning, is to be.
             thinking_budget: tokens of reasoning at most, from 0.
             param: the request's field that the grammar comes from, for errors.
+            budget_param: the one of the budget.
 
         Raises:
             RequestError: the grammar or the budget cannot be used; ``param`` names the field.
@@ -195,7 +197,7 @@ class Constraints:
         known = self._reasoning
         make: Callable[[], Matcher | None] = lambda: None  # noqa: E731
         if thinking_budget is not None:
-            self._check_budget(thinking_budget)
+            self._check_budget(thinking_budget, budget_param)
         if grammar is not None:
             if self._compiler is None:
                 raise RequestError(f"{param} needs a model with an end token, and this one has none", param=param)
@@ -208,8 +210,7 @@ class Constraints:
         tail = known.tokens[prompt[-1]] if prompt and 0 <= prompt[-1] < len(known.tokens) else b""
         return lambda: Answer(known, make(), thinking_budget, reasoning, lead, tail)
 
-    def _check_budget(self, budget: int) -> None:
-        name = "thinking_budget"
+    def _check_budget(self, budget: int, name: str) -> None:
         if not is_integer(budget) or budget < 0:
             raise RequestError(f"{name} is {brief(budget)} and must be a whole number from 0", param=name)
         if self._reasoning.close is None:

@@ -84,15 +84,17 @@ class Lark:
 
 @dataclass(frozen=True, slots=True)
 class ToolCalls:
-    """Calls of these tools and nothing else.
+    """Calls of these tools and nothing else, or one other thing instead of calls.
 
     Attributes:
         tools: the JSON schemas of the parameters, by the tool's name.
         several: more than one call may come.
+        otherwise: what the answer is where it makes no call; None: it makes one.
     """
 
     tools: Mapping[str, Mapping[str, Any]]
     several: bool = True
+    otherwise: JsonSchema | None = None
 
 
 Grammar = JsonSchema | Regex | Choice | Lark | ToolCalls
@@ -245,8 +247,12 @@ def source(grammar: Grammar, param: str, tags: tuple[str, str]) -> str:
     match grammar:
         case JsonSchema(schema):
             return json.dumps({"grammars": [{"json_schema": with_options(clean_schema(schema, param))}]})
-        case ToolCalls(tools, several):
-            return tool_grammar(tools, several, tags)
+        case ToolCalls(tools, several, otherwise):
+            calls = tool_grammar(tools, several, tags)
+            if otherwise is None:
+                return f"start: calls\n{calls}"
+            schema = json.dumps(with_options(clean_schema(otherwise.schema, param)))
+            return f"start: calls | answer\nanswer: %json {schema}\n{calls}"
         case Regex(pattern):
             check_unicode(pattern, param)
             return LLMatcher.grammar_from_regex(regex_to_lark(pattern, "dw"))

@@ -44,7 +44,7 @@ _FORMATS = {
 
 
 def tool_grammar(tools: Mapping[str, Mapping[str, Any]], several: bool, tags: tuple[str, str]) -> str:
-    """The grammar, in llguidance's dialect of Lark.
+    """The grammar of ``calls``, in llguidance's dialect of Lark.
 
     Args:
         tools: the JSON schemas of the parameters, by the tool's name; at least one.
@@ -58,7 +58,7 @@ def tool_grammar(tools: Mapping[str, Mapping[str, Any]], several: bool, tags: tu
         refuse("is empty: declare at least one tool", _PARAM)
     names = " | ".join(f"f{i}" for i in range(len(tools)))
     more = r'("\n" call)* ' if several else ""
-    lines = [rf'start: call {more}"\n"?', rf'call: {tags[0]} "\n" ({names}) "\n" {tags[1]}']
+    lines = [rf'calls: call {more}"\n"?', rf'call: {tags[0]} "\n" ({names}) "\n" {tags[1]}']
     size = 0
     for i, (name, schema) in enumerate(tools.items()):
         for line in _Tool(f"f{i}", name, clean_schema(schema, _PARAM)).lines():

@@ -98,8 +98,7 @@ class LocalEngine:
             raise RequestError(
                 "grammar and thinking_budget need a tokenizer.json in the checkpoint", param="grammar"
             )
-        ends = [id for id in self.prepared.checkpoint.eos_token_ids if id < self.prepared.config.vocab_size]
-        return Constraints(self.tokenizer, self.prepared.config.vocab_size, ends)
+        return Constraints(self.tokenizer, self.prepared.config.vocab_size, self.prepared.end_ids)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.

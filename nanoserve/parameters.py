@@ -169,7 +169,6 @@ def choice_requests(
     """One engine request a choice: all choices of the first prompt, then of the second, and so on.
 
     With a seed, choice i of a prompt draws with seed + i: other texts, and the same ones the next time.
-    What an answer must look like (a forced call, a JSON schema, a budget of thoughts) will be attached here.
     """
     variants = [sampling]
     if choices > 1:

@@ -1,9 +1,11 @@
 """The HTTP endpoints: each reads a body, has it checked off the event loop, and answers."""
 
+import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio.to_thread
@@ -21,6 +23,7 @@ from nanoserve.chat_answer import ChatWriter
 from nanoserve.choice import AnswerFailed, ChatChoice, Choice
 from nanoserve.completions import CompletionWriter, encode_prompt, parse_completion
 from nanoserve.config import ServerConfig
+from nanoserve.constraint import Constraints
 from nanoserve.errors import (
     ContextLengthError,
     NanoserveError,
@@ -39,6 +42,7 @@ from nanoserve.metrics import Metrics
 from nanoserve.page import page
 from nanoserve.parameters import Limits, choice_requests, parse_model
 from nanoserve.protocol import Fields, checked_text, decode_json, error_answer, error_object, token_ids
+from nanoserve.structured import Held
 from nanoserve.tokenizer import Tokenizer
 from nanoserve.worker import Worker
 
@@ -60,6 +64,7 @@ class Service:
         model_name: the model's name on the wire.
         max_context: tokens of prompt and answer together.
         vocab_size: token ids are below it.
+        end_ids: the model's own end tokens.
         sampling_defaults: fields of `SamplingParams` that hold when a request leaves them out.
     """
 
@@ -68,6 +73,7 @@ class Service:
     model_name: str
     max_context: int
     vocab_size: int
+    end_ids: frozenset[int]
     sampling_defaults: Mapping[str, Any]
 
 
@@ -111,6 +117,9 @@ class Routes:
         self._config, self._service, self._metrics = config, service, metrics
         self._created = int(time.time())
         self._preparations = anyio.CapacityLimiter(PREPARATIONS)
+        self._trials = anyio.CapacityLimiter(PREPARATIONS)
+        self._making_constraints = threading.Lock()
+        self._made_constraints: Constraints | None = None
         self._limits = Limits(
             service.model_name, service.vocab_size, service.sampling_defaults, service.tokenizer is not None
         )
@@ -216,12 +225,36 @@ class Routes:
 
         return await anyio.to_thread.run_sync(job, limiter=self._preparations)
 
-    async def _generate(self, request: HttpRequest, prepare: Callable[[dict[str, Any], str], Job]) -> Response:
+    async def _generate(
+        self, request: HttpRequest, prepare: Callable[[dict[str, Any], str], tuple[Job, Held]]
+    ) -> Response:
         self._service.worker.admit()  # before any work is spent on it
-        job = await self._prepare(request, prepare)
+        job, held = await self._prepare(request, prepare)
+        if held.grammar is not None or held.budget is not None:
+            # Trying a grammar out takes seconds where it is hostile: nobody else's body may wait for that.
+            hold = partial(self._hold, job, held)
+            job = await anyio.to_thread.run_sync(hold, limiter=self._trials)
         return Generation(job, self._service.worker, self._config.ping_interval)
 
-    def _prepare_chat(self, body: dict[str, Any], request_id: str) -> Job:
+    def _hold(self, job: Job, held: Held) -> Job:
+        """The job with every answer held to what was asked."""
+        make = partial(
+            self._constraints().of,
+            grammar=held.grammar,
+            thinking_budget=held.budget,
+            param=held.param,
+            budget_param="thinking_token_budget",
+        )
+        return replace(job, requests=[replace(one, constraint=make(one.prompt)) for one in job.requests])
+
+    def _constraints(self) -> Constraints:
+        with self._making_constraints:  # once, and not at the start: 0.8 s for 131,072 tokens
+            if self._made_constraints is None:
+                tokenizer = self._tokenizer("response_format")
+                self._made_constraints = Constraints(tokenizer, self._service.vocab_size, self._service.end_ids)
+            return self._made_constraints
+
+    def _prepare_chat(self, body: dict[str, Any], request_id: str) -> tuple[Job, Held]:
         call = parse_chat(body, self._limits)
         tokenizer = self._tokenizer("messages")
         prompt = call.conversation.encode(tokenizer)
@@ -231,9 +264,10 @@ class Routes:
         requests = choice_requests([prompt], call.sampling, call.delivery.choices, request_id)
         choices = [ChatChoice(i, reading, tokenizer) for i in range(len(requests))]
         writer = ChatWriter(self._head("chatcmpl"), tokenizer, call)
-        return Job(requests, choices, writer, len(prompt), call.delivery.stream, call.delivery.include_usage)
+        delivery = call.delivery
+        return Job(requests, choices, writer, len(prompt), delivery.stream, delivery.include_usage), call.held
 
-    def _prepare_completion(self, body: dict[str, Any], request_id: str) -> Job:
+    def _prepare_completion(self, body: dict[str, Any], request_id: str) -> tuple[Job, Held]:
         call = parse_completion(body, self._limits)
         tokenizer = self._service.tokenizer
         prompts = [encode_prompt(prompt, tokenizer) for prompt in call.prompts]
@@ -241,7 +275,8 @@ class Routes:
         choices = [Choice(i, call.sampling.stop, tokenizer) for i in range(len(requests))]
         writer = CompletionWriter(self._head("cmpl"), tokenizer, call, prompts)
         tokens = sum(map(len, prompts))
-        return Job(requests, choices, writer, tokens, call.delivery.stream, call.delivery.include_usage)
+        delivery = call.delivery
+        return Job(requests, choices, writer, tokens, delivery.stream, delivery.include_usage), call.held
 
     def _head(self, prefix: str) -> dict[str, Any]:
         """What is the same in every chunk of an answer."""

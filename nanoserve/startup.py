@@ -37,6 +37,11 @@ class Examined:
     ops: Ops
     shape: CacheShape
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """What ends an answer; an id beyond the vocabulary can never come, so it can never end anything."""
+        return frozenset(id for id in self.checkpoint.eos_token_ids if id < self.config.vocab_size)
+
     def plan(self) -> MemoryPlan:
         """Fit it into what the device has free now.
 
@@ -107,8 +112,7 @@ def load_engine(prepared: Prepared, progress: Progress) -> Engine:
         buffers=DecodeBuffers.allocate(p.config.vocab_size, p.device),
         sampler=SamplerState.allocate(p.config.vocab_size, p.device),
         device=p.device,
-        # An id beyond the vocabulary can never come, so it can never end anything.
-        end_ids=frozenset(i for i in p.checkpoint.eos_token_ids if i < p.config.vocab_size),
+        end_ids=p.end_ids,
         prefill_chunk=p.options.prefill_chunk,
     )
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from nanoserve.errors import RequestError
 from nanoserve.protocol import Fields, refuse
-from nanoserve.request import brief
+from nanoserve.request import brief, clip
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[^\s<>]{1,256}")
@@ -23,11 +23,15 @@ class Tools:
             shown none is the surest not to call one.
         parallel: several calls an answer; without it, generation ends behind the first.
         forbidden: there are tools, and none may be called.
+        forced: an answer calls a tool.
+        named: the only one that may be called; None is any of them.
     """
 
     declared: Sequence[Mapping[str, Any]] = ()
     parallel: bool = True
     forbidden: bool = False
+    forced: bool = False
+    named: str | None = None
     schemas: Mapping[str, Mapping[str, Any]] = field(init=False)
     """JSON schemas of the parameters, by the tool's name."""
 
@@ -36,14 +40,20 @@ class Tools:
         schemas = {function["name"]: function.get("parameters", {}) for function in functions}
         object.__setattr__(self, "schemas", schemas)
 
+    @property
+    def callable(self) -> Mapping[str, Mapping[str, Any]]:
+        """Those of ``schemas`` that may be called."""
+        return self.schemas if self.named is None else {self.named: self.schemas[self.named]}
+
 
 def parse_tools(fields: Fields) -> Tools:
     """Fields ``tools``, ``tool_choice``, ``parallel_tool_calls``, and the two that these replaced.
 
-    A tool's ``strict`` reaches the template as the rest of the declaration does, and enforces nothing yet.
+    A call that ``tool_choice`` names comes once, as OpenAI's does. A tool's ``strict`` reaches the template as the
+    rest of the declaration does; what holds arguments to their schema is a forced call.
 
     Raises:
-        RequestError: a tool is malformed, or a call would have to be enforced, which this server cannot yet.
+        RequestError: a tool is malformed, or a call is forced that is not declared.
     """
     _refuse_old(fields)
     given = fields.array("tools", MAX_TOOLS)
@@ -54,13 +64,34 @@ def parse_tools(fields: Fields) -> Tools:
             path = f"tools[{i}].function.name"
             raise RequestError(f"{path} is {brief(name)}, as another tool's: give each its own", param=path)
     choice, parallel = fields.take("tool_choice"), fields.boolean("parallel_tool_calls", default=True)
-    if choice not in (None, "none", "auto"):
-        # Here a forced call becomes a constraint on the answer, as soon as the engine takes one.
-        message = f"tool_choice is {brief(choice)} and must be none or auto: this server cannot enforce a call"
-        raise RequestError(message, param="tool_choice", code="unsupported_parameter")
     if choice == "none":
         return Tools(forbidden=bool(tools))
-    return Tools(tools, parallel)
+    if choice in (None, "auto"):
+        return Tools(tools, parallel)
+    if choice == "required" and tools:
+        return Tools(tools, parallel, forced=True)
+    name = None if choice == "required" else _named(choice)
+    if name not in names:
+        must_be = f"one of the declared tools ({clip(', '.join(names))})" if names else "left out without tools"
+        refuse("tool_choice", choice if name is None else name, must_be)
+    return Tools(tools, parallel=False, forced=True, named=name)
+
+
+def _named(choice: object) -> str:
+    """The name in ``{"type": "function", "function": {"name": …}}``."""
+    wanted = "none, auto, required, or an object of type function that names one"
+    if not isinstance(choice, dict):
+        refuse("tool_choice", choice, wanted)
+    fields = Fields(cast("dict[str, Any]", choice), "tool_choice")
+    if fields.take("type") != "function":
+        refuse("tool_choice", choice, wanted)
+    function = Fields(fields.mapping("function"), "tool_choice.function")
+    name = function.take("name")
+    if not isinstance(name, str):
+        refuse("tool_choice.function.name", name, "the name of a declared tool")
+    function.done()
+    fields.done()
+    return name
 
 
 def _refuse_old(fields: Fields) -> None:

@@ -106,7 +106,7 @@ def make_tokenizer(directory: Path) -> Tokenizer:
 
 
 def make_service(worker: Worker, tokenizer: Tokenizer | None, engine: FakeEngine) -> Service:
-    return Service(worker, tokenizer, MODEL, engine.max_context, VOCAB, {})
+    return Service(worker, tokenizer, MODEL, engine.max_context, VOCAB, frozenset({2}), {})
 
 
 def plain_config(**options: object) -> ServerConfig:

@@ -29,6 +29,7 @@ FLOORS = (
     {"grammar_schema", "grammar_tools", "grammar_trial", "grammar", "constraint"},
     {"protocol", "parameters", "logprobs", "metrics", "local", "gsm8k", "eval_questions"},
     {"reasoning", "tools", "logs", "client", "page"},
+    {"structured"},
     {"http_guard", "http_timeouts", "answers", "chat", "chat_answer", "completions", "terminal"},
     {"eval_local", "eval_server", "eval_report", "evaluation"},
     {"routes"},
