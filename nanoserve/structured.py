@@ -67,10 +67,12 @@ def parse_held(fields: Fields, tools: Tools | None = None) -> Held:
 
 
 def _response_format(fields: Fields) -> Grammar | None:
-    given = fields.mapping("response_format")
-    if not given:
+    given = fields.take("response_format")
+    if given is None:
         return None
-    options = Fields(given, "response_format")
+    if not isinstance(given, dict):
+        refuse("response_format", given, "an object")
+    options = Fields(cast("Mapping[str, Any]", given), "response_format")
     kind = options.string("type")
     if kind not in ("text", "json_object", "json_schema"):
         refuse("response_format.type", kind, "text, json_object or json_schema")
