@@ -19,7 +19,7 @@ from nanoserve.choice import ChatChoice, Choice, Piece
 from nanoserve.errors import EngineError
 from nanoserve.http_guard import JsonResponse, record_of, to_json
 from nanoserve.metrics import RequestRecord
-from nanoserve.parameters import usage
+from nanoserve.parameters import Delivery, usage
 from nanoserve.protocol import error_answer
 from nanoserve.request import Event, Request
 from nanoserve.worker import Worker
@@ -125,8 +125,7 @@ class Job:
     choices: Sequence[Choice | ChatChoice]
     writer: Writer
     prompt_tokens: int
-    stream: bool
-    include_usage: bool
+    delivery: Delivery
 
 
 class Generation(Response):
@@ -148,7 +147,7 @@ class Generation(Response):
         answers = Answers(self._worker, self._job.requests, self._job.choices, record)
         record.prompt(self._job.prompt_tokens)
         try:
-            work = self._stream(answers, send) if self._job.stream else self._whole(answers, scope, send)
+            work = self._stream(answers, send) if self._job.delivery.stream else self._whole(answers, scope, send)
             await _until_gone(receive, work)
         finally:
             answers.cancel()
@@ -186,14 +185,17 @@ class Generation(Response):
         except EngineError as error:
             yield _event(error_answer(error)[1])
             return
-        if self._job.include_usage:
+        if self._job.delivery.include_usage:
             chunk = self._job.writer.usage_chunk(_usage(answers.record))
             yield _event({**chunk, "timings": self._timings(answers.record)})
         yield b"data: [DONE]\n\n"
 
     def _chunks(self, piece: Piece, answers: Answers) -> list[dict[str, Any]]:
         chunks = list(self._job.writer.chunks(piece))
-        if piece.finish and answers.ended and not self._job.include_usage:
+        delivery = self._job.delivery
+        if delivery.usage_so_far:
+            chunks = [chunk | {"usage": _usage(answers.record)} for chunk in chunks]
+        if piece.finish and answers.ended and not delivery.include_usage:
             chunks[-1]["timings"] = self._timings(answers.record)
         return chunks
 

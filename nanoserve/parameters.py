@@ -39,11 +39,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """How the answer is delivered: in how many choices, whether streamed, and with usage at the end."""
+    """How the answer is delivered: in how many choices, whether streamed, and with usage at the end.
+
+    Attributes:
+        usage_so_far: every chunk has the usage up to it, as vLLM's ``continuous_usage_stats`` asks.
+    """
 
     choices: int
     stream: bool
-    include_usage: bool
+    include_usage: bool = False
+    usage_so_far: bool = False
 
 
 def parse_model(fields: Fields, served: str) -> None:
@@ -72,16 +77,20 @@ def parse_delivery(fields: Fields) -> Delivery:
     stream = fields.boolean("stream")
     given = fields.take("stream_options")
     if given is None:
-        return Delivery(choices, stream, include_usage=False)
+        return Delivery(choices, stream)
     if not isinstance(given, dict):
         refuse("stream_options", given, "an object")
     if not stream:
         raise RequestError("stream_options needs stream to be true", param="stream_options")
     options = Fields(cast("dict[str, Any]", given), "stream_options")
     include_usage = options.boolean("include_usage")
+    usage_so_far = options.boolean("continuous_usage_stats")
+    if usage_so_far and not include_usage:
+        path = options.path("continuous_usage_stats")
+        raise RequestError(f"{path} needs include_usage to be true", param=path)
     options.boolean("include_obfuscation")  # padding against eavesdroppers: harmless to leave out
     options.done()
-    return Delivery(choices, stream, include_usage)
+    return Delivery(choices, stream, include_usage, usage_so_far)
 
 
 def parse_sampling(fields: Fields, limits: Limits, **decided: Any) -> SamplingParams:

@@ -129,11 +129,12 @@ class Fields:
         return value
 
     def integer(self, name: str, low: int, high: int) -> int | None:
-        """A whole number in [low, high]."""
+        """A whole number in [low, high]; 8.0 is 8, as JSON knows one kind of number."""
         value = self.take(name)
-        if value is not None and not is_int(value, low, high):
+        whole: Any = int(value) if isinstance(value, float) and value.is_integer() else value
+        if whole is not None and not is_int(whole, low, high):
             refuse(self.path(name), value, f"a whole number in [{low}, {high}]")
-        return value
+        return whole
 
     def number(self, name: str) -> float | None:
         """A number; its range is `SamplingParams`' affair."""

@@ -264,8 +264,7 @@ class Routes:
         requests = choice_requests([prompt], call.sampling, call.delivery.choices, request_id)
         choices = [ChatChoice(i, reading, tokenizer) for i in range(len(requests))]
         writer = ChatWriter(self._head("chatcmpl"), tokenizer, call)
-        delivery = call.delivery
-        return Job(requests, choices, writer, len(prompt), delivery.stream, delivery.include_usage), call.held
+        return Job(requests, choices, writer, len(prompt), call.delivery), call.held
 
     def _prepare_completion(self, body: dict[str, Any], request_id: str) -> tuple[Job, Held]:
         call = parse_completion(body, self._limits)
@@ -275,8 +274,7 @@ class Routes:
         choices = [Choice(i, call.sampling.stop, tokenizer) for i in range(len(requests))]
         writer = CompletionWriter(self._head("cmpl"), tokenizer, call, prompts)
         tokens = sum(map(len, prompts))
-        delivery = call.delivery
-        return Job(requests, choices, writer, tokens, delivery.stream, delivery.include_usage), call.held
+        return Job(requests, choices, writer, tokens, call.delivery), call.held
 
     def _head(self, prefix: str) -> dict[str, Any]:
         """What is the same in every chunk of an answer."""

@@ -102,6 +102,13 @@ class TestFields:
         assert completion(logprobs=5, echo=True).prompt_logprobs == 5
         assert completion(logprobs=5, echo=True, max_tokens=0).max_tokens == 0
 
+    def test_whole_numbers_may_have_a_point(self) -> None:
+        assert chat(max_tokens=8.0, n=1.0, seed=-3.0) == chat(max_tokens=8, n=1, seed=-3)
+        assert isinstance(chat(seed=-3.0).seed, int)
+        for wrong in (8.5, 0.0, -8.0, 1e300):
+            with pytest.raises(RequestError, match=r"max_tokens is .* and must be a whole number"):
+                chat(max_tokens=wrong)
+
     @pytest.mark.parametrize(
         ("prompt", "parsed"),
         [
