@@ -286,20 +286,23 @@ class Routes:
         return self._chat_job(call, request_id, lambda n: OpenAiWire(writer, call.delivery.include_usage, n))
 
     def _prepare_message(self, body: dict[str, Any], request_id: str) -> tuple[Job, Held]:
+        chat = anthropic.chat_body(body)
         with renaming(anthropic.NAMES):
-            call = parse_chat(anthropic.chat_body(body), self._limits)
+            call = parse_chat(chat, self._limits)
             most = call.sampling.max_tokens or 0
             wire = MessageWire(request_id, f"msg_{uuid.uuid4().hex}", self._service.model_name, most)
             return self._chat_job(call, request_id, lambda n: wire)
 
     def _count_tokens(self, body: dict[str, Any], request_id: str) -> int:
+        chat = anthropic.chat_body(body, counting=True)
         with renaming(anthropic.NAMES):
-            call = parse_chat(anthropic.chat_body(body, counting=True), self._limits)
+            call = parse_chat(chat, self._limits)
             return len(call.conversation.encode(self._tokenizer("messages")))
 
     def _prepare_response(self, body: dict[str, Any], request_id: str) -> tuple[Job, Held]:
+        chat = responses.chat_body(body)
         with renaming(responses.NAMES):
-            call = parse_chat(responses.chat_body(body), self._limits)
+            call = parse_chat(chat, self._limits)
             wire = ResponseWire(self._head("resp", "_"), settings_of(body, call))
             return self._chat_job(call, request_id, lambda n: wire)
 
