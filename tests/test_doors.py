@@ -64,7 +64,7 @@ ANTHROPIC: list[tuple[str, list[Any]]] = [
     ("messages[1].content[0].input", [turn({"type": "tool_use", "id": "a", "name": "f", "input": "{}"})]),
     ("messages[1].content[0].id", [turn({"type": "tool_use", "name": "f", "input": {}})]),
     ("messages[1].content[0].name", [turn({"type": "tool_use", "id": "a", "input": {}})]),
-    ("the chat template", [[*HI, {"role": "system", "content": "late"}, *HI]]),  # the template has no place for it
+    ("messages", [[*HI, {"role": "system", "content": "late"}, *HI]]),  # the template has no place for it
     ("the prompt", [[{"role": "user", "content": "word " * 600}]]),
     ("system", [5, {}]),
     ("system[0].type", [[IMAGE]]),
@@ -200,11 +200,7 @@ def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
         (RESPONSES, RESPONSE, {"input": "hi"}),
     ):
         for named, values in table:
-            field = (
-                {"the prompt": "messages", "the chat template": "messages"}.get(named, named)
-                .partition("[")[0]
-                .partition(".")[0]
-            )
+            field = {"the prompt": "messages"}.get(named, named).partition("[")[0].partition(".")[0]
             for value in values:
                 yield path, named, {**base, field: value}
 
@@ -380,3 +376,65 @@ def test_calls_are_single_where_asked(tokenizer: Tokenizer) -> None:
                 "parallel_tool_calls": not single,
             }
             assert len(client.post(RESPONSES, json=other).json()["output"]) == len(content)
+
+
+def said_in_events(text: str) -> Any:
+    """What a stream of either door says, put together as its clients do."""
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+    if events[0]["type"] == "response.created":
+        done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+        assert done == events[-1]["response"]["output"]
+        return without_ids(events[-1]["response"])
+    message = events[0]["message"]
+    for event in events[1:]:
+        match event["type"]:
+            case "content_block_start":
+                message["content"].append({**event["content_block"], "pieces": ""})
+            case "content_block_delta":
+                ((name, piece),) = [entry for entry in event["delta"].items() if entry[0] != "type"]
+                block = message["content"][event["index"]]
+                block["pieces" if name == "partial_json" else name] += piece
+            case "content_block_stop":
+                block = message["content"][event["index"]]
+                if pieces := block.pop("pieces"):
+                    block["input"] = json.loads(pieces)
+            case "message_delta":
+                message |= {**event["delta"], "usage": event["usage"]}
+            case _:
+                pass
+    return without_ids(message)
+
+
+def without_ids(value: Any) -> Any:
+    if isinstance(value, dict):
+        changing = ("id", "call_id", "created_at")
+        return {key: without_ids(item) for key, item in value.items() if key not in changing}
+    return [without_ids(item) for item in value] if isinstance(value, list) else value
+
+
+ODD = [
+    "",
+    "</think>",
+    "thoughts without an end",
+    "</think></think>x",
+    "a</think>b<think>c</think>d",
+    "</think>x <tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call> y",
+    "hm <tool_call>\n<function=f>\n</function>\n</tool_call>\n<tool_call>\n<function=f>\n<parameter=a>\ncut",
+    "</think><tool_call>\n<function=unknown>\n</function>\n</tool_call>z",
+    "</think><tool_call><function=f></function><function=f></function></tool_call><tool_call>",
+    "日本</think>語🎉\n\n",
+]
+
+
+@pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
+def test_a_stream_says_what_a_whole_answer_says(tokenizer: Tokenizer, text: str) -> None:
+    engine = FakeEngine()
+    engine.script = tokenizer.encode(text)
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    message = {"messages": HI, "max_tokens": 90, "tools": [{"name": "f", "input_schema": schema}]}
+    response = {"input": "hi", "tools": [{"type": "function", "name": "f", "parameters": schema}]}
+    with client_of(engine, tokenizer) as client:
+        for path, body in ((MESSAGES, message), (RESPONSES, response)):
+            whole = client.post(path, json=body).json()
+            assert said_in_events(client.post(path, json={**body, "stream": True}).text) == without_ids(whole)
+            assert not any(tag in json.dumps(whole) for tag in ("<think>", "</think>", "tool_call>", "<function"))
