@@ -44,8 +44,7 @@ RESPONSES_HINTS = frozenset(
 )
 RESPONSES_ITEM_HINTS = frozenset(
     {
-        # An answer's items come back with these; encrypted reasoning is another server's, and ours stands in the
-        # open in the item's content.
+        # An answer's items come back with these. Encrypted reasoning is read where there is none in the open.
         *("id", "status", "phase", "annotations", "logprobs", "encrypted_content", "created_by"),
     }
 )

@@ -3,6 +3,7 @@
 Nothing is kept between requests: what refers to an earlier one is refused.
 """
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
@@ -35,7 +36,7 @@ NAMES: Names = (
 
 _NEUTRAL = {
     "truncation": ("disabled",),
-    "include": ([], ["reasoning.encrypted_content"]),  # reasoning stands in the open, in the item's content
+    "include": ([], ["reasoning.encrypted_content"]),  # it is there in any case
     "top_logprobs": (0,),
     "prompt": (),
     "moderation": (),
@@ -47,6 +48,7 @@ _TOOL_NEUTRAL = {
     "async": (False,),
     "output_schema": (),
 }
+_SEAL = "nanoserve:"
 _STATE = {
     "previous_response_id": "send the whole conversation as input",
     "conversation": "send the whole conversation as input",
@@ -160,9 +162,30 @@ def _add_message(turns: _Turns, fields: Fields) -> None:
 
 
 def _thoughts(fields: Fields) -> str:
-    """Reasoning in the open. A summary is of it, and what is encrypted is another server's."""
+    """Reasoning in the open, or sealed by this server; a summary is only of it."""
     fields.array("summary", MAX_MESSAGES)
-    return _joined(fields, "content", ("reasoning_text",), default=[])
+    text = _joined(fields, "content", ("reasoning_text",), default=[])
+    sealed_text = fields.string("encrypted_content") or ""
+    return text or unsealed(sealed_text, fields.path("encrypted_content"))
+
+
+def sealed(text: str) -> str:
+    """Reasoning for clients that send it back only as what they take for encrypted. It is not: it is base64."""
+    return _SEAL + base64.b64encode(text.encode("utf-8")).decode("ascii")
+
+
+def unsealed(text: str, where: str) -> str:
+    """The reasoning that `sealed` holds; that of another server is unreadable, and nothing.
+
+    Raises:
+        RequestError: it was changed on its way; ``param`` is `where`.
+    """
+    if not text.startswith(_SEAL):
+        return ""
+    try:
+        return base64.b64decode(text.removeprefix(_SEAL), validate=True).decode("utf-8")
+    except ValueError as error:
+        raise RequestError(f"{where} was changed: send it as it came", param=where) from error
 
 
 def _joined(fields: Fields, name: str, kinds: Sequence[str], default: object = None) -> str:

@@ -10,6 +10,7 @@ from nanoserve.choice import Piece
 from nanoserve.errors import EngineError
 from nanoserve.metrics import RequestRecord
 from nanoserve.protocol import error_answer
+from nanoserve.responses import sealed
 from nanoserve.sse import named_event
 
 _OUTPUT = "response.output_item"
@@ -151,7 +152,13 @@ def _item(block: Block, status: str, text: str | None) -> dict[str, Any]:
     content = [] if text is None else [_part(block, text)]
     match block.kind:
         case "reasoning":
-            own: dict[str, Any] = {"type": "reasoning", "summary": [], "content": content}
+            seal = None if text is None else sealed(text)
+            own: dict[str, Any] = {
+                "type": "reasoning",
+                "summary": [],
+                "content": content,
+                "encrypted_content": seal,
+            }
         case "text":
             own = {"type": "message", "role": "assistant", "content": content}
         case "call":

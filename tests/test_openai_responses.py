@@ -183,6 +183,28 @@ def test_assistant_turns_stay_apart(client: OpenAI, server: Running, tokenizer: 
     assert "<tool_response>\nfirst\n</tool_response>\n<tool_response>\nsecond\n</tool_response>" in prompt
 
 
+def test_reasoning_comes_back_sealed(client: OpenAI, server: Running, tokenizer: Tokenizer) -> None:
+    """As clients do it that keep only what they take for encrypted."""
+    script(server, tokenizer, CALL.replace("look", "lök"))
+    reasoning, _, call = client.responses.create(model=MODEL, input="hi", tools=[WEATHER]).output
+    assert reasoning.type == "reasoning"
+    assert call.type == "function_call"
+    thoughts: Any = {
+        "type": "reasoning",
+        "id": "rs_1",
+        "summary": [],
+        "encrypted_content": reasoning.encrypted_content,
+    }
+    history: Any = [{"role": "user", "content": "hi"}, thoughts, call.model_dump(exclude_none=True)]
+    history.append({"type": "function_call_output", "call_id": call.call_id, "output": "sunny"})
+    client.responses.create(model=MODEL, input=history, tools=[WEATHER])
+    assert "<think>\nLet me lök.\n</think>" in prompt_of(server, tokenizer)
+    for broken in ("nanoserve:Zg", "nanoserve:/w==", "nanoserve:é"):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.responses.create(model=MODEL, input=cast("Any", [{**thoughts, "encrypted_content": broken}]))
+        assert refused.value.param == "input[0].encrypted_content"
+
+
 def test_what_ends_an_answer(client: OpenAI, server: Running, tokenizer: Tokenizer) -> None:
     script(server, tokenizer, "count one two three")
     cut = client.responses.create(model=MODEL, input="hi", max_output_tokens=2, **OFF)
