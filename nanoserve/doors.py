@@ -114,12 +114,21 @@ def text_of(fields: Fields, name: str = "text") -> str:
 
 
 def one_system(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages, with those of role system at the beginning as one: templates take one."""
+    """The messages with one of role system at most, at the beginning: templates have no place for others.
+
+    Those at the beginning are put together. A later one, as Claude Code and Codex send them, speaks as the user,
+    in tags that say what it is.
+    """
     rest = list(messages)
     texts: list[str] = []
     while rest and rest[0]["role"] == "system":
         texts.append(rest.pop(0)["content"])
-    return [{"role": "system", "content": "\n\n".join(texts)}, *rest] if texts else rest
+    late = [_reminder(message) if message["role"] == "system" else message for message in rest]
+    return [{"role": "system", "content": "\n\n".join(texts)}, *late] if texts else late
+
+
+def _reminder(message: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "user", "content": f"<system-reminder>\n{message['content']}\n</system-reminder>"}
 
 
 def function_tool(fields: Fields, schema: str, *more: str) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def test_names_that_clients_have_built_in(client: Anthropic, server: Running, to
 
 
 def test_what_claude_code_sends(client: Anthropic, server: Running, tokenizer: Tokenizer) -> None:
-    """Its beta query, its line for accounts, and edits of the context that keep all."""
+    """Its beta query, its line for accounts, edits that clear nothing, and a late word of the system's."""
 
     def ask(checksum: str) -> str:
         answer = client.beta.messages.create(
@@ -256,7 +256,7 @@ def test_what_claude_code_sends(client: Anthropic, server: Running, tokenizer: T
             max_tokens=50,
             betas=["interleaved-thinking-2025-05-14"],
             system=f"X-Anthropic-Billing-Header: cc_version=2.1; cch={checksum};\nYou are an agent.",
-            messages=cast("Any", HI),
+            messages=cast("Any", [*HI, {"role": "system", "content": "Agents: none."}]),
             thinking={"type": "adaptive"},
             context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
         )
@@ -266,6 +266,8 @@ def test_what_claude_code_sends(client: Anthropic, server: Running, tokenizer: T
     script(server, tokenizer, "x</think>y")
     assert ask("1a2b3") == ask("4c5d6")
     assert "<|im_start|>system\nYou are an agent.<|im_end|>" in ask("7")
+    late = "<|im_start|>user\n<system-reminder>\nAgents: none.\n</system-reminder><|im_end|>"
+    assert f"<|im_start|>user\nhi<|im_end|>\n{late}" in ask("7")
 
 
 def test_errors_have_the_right_classes(client: Anthropic, server: Running) -> None:

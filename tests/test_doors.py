@@ -64,7 +64,7 @@ ANTHROPIC: list[tuple[str, list[Any]]] = [
     ("messages[1].content[0].input", [turn({"type": "tool_use", "id": "a", "name": "f", "input": "{}"})]),
     ("messages[1].content[0].id", [turn({"type": "tool_use", "name": "f", "input": {}})]),
     ("messages[1].content[0].name", [turn({"type": "tool_use", "id": "a", "input": {}})]),
-    ("messages", [[*HI, {"role": "system", "content": "late"}, *HI]]),  # the template has no place for it
+    ("messages[0].content[0].type", [[{"role": "system", "content": [IMAGE]}]]),
     ("the prompt", [[{"role": "user", "content": "word " * 600}]]),
     ("system", [5, {}]),
     ("system[0].type", [[IMAGE]]),
