@@ -6,7 +6,7 @@ the HTTP response around it, whole or streamed.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,10 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from nanoserve.choice import ChatChoice, Choice, Piece
 from nanoserve.errors import EngineError
-from nanoserve.http_guard import JsonResponse, record_of, to_json
+from nanoserve.http_guard import JsonResponse, record_of
 from nanoserve.metrics import RequestRecord
-from nanoserve.parameters import Delivery, usage
-from nanoserve.protocol import error_answer
 from nanoserve.request import Event, Request
 from nanoserve.worker import Worker
 
@@ -101,19 +99,32 @@ class Answers:
                 ticket.cancel()
 
 
-class Writer(Protocol):
-    """Pieces to an endpoint's wire format."""
+class Wire(Protocol):
+    """Pieces to an endpoint's wire format; it may keep what it has written so far."""
 
-    def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """A piece's chunks."""
+    @property
+    def ping(self) -> bytes:
+        """What fills silence in a stream."""
         ...
 
-    def usage_chunk(self, usage: Mapping[str, Any]) -> dict[str, Any]:
-        """The last chunk."""
+    def begin(self, record: RequestRecord) -> bytes:
+        """What a stream says before the first token; perhaps nothing."""
         ...
 
-    def answer(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """The answer in one object, without its usage."""
+    def piece(self, piece: Piece, record: RequestRecord, last: bool) -> bytes:
+        """What a stream says of a piece, perhaps nothing; ``last``: all choices have ended."""
+        ...
+
+    def end(self, record: RequestRecord) -> bytes:
+        """What ends a stream."""
+        ...
+
+    def failed(self, error: EngineError, record: RequestRecord) -> bytes:
+        """What ends a stream when the engine has failed."""
+        ...
+
+    def whole(self, pieces: Sequence[Piece], record: RequestRecord) -> dict[str, Any]:
+        """The answer in one object."""
         ...
 
 
@@ -123,9 +134,9 @@ class Job:
 
     requests: Sequence[Request]
     choices: Sequence[Choice | ChatChoice]
-    writer: Writer
+    wire: Wire
     prompt_tokens: int
-    delivery: Delivery
+    stream: bool
 
 
 class Generation(Response):
@@ -147,17 +158,16 @@ class Generation(Response):
         answers = Answers(self._worker, self._job.requests, self._job.choices, record)
         record.prompt(self._job.prompt_tokens)
         try:
-            work = self._stream(answers, send) if self._job.delivery.stream else self._whole(answers, scope, send)
+            work = self._stream(answers, send) if self._job.stream else self._whole(answers, scope, send)
             await _until_gone(receive, work)
         finally:
             answers.cancel()
 
     async def _whole(self, answers: Answers, scope: Scope, send: Send) -> None:
         pieces = [piece async for piece in answers.pieces() if piece is not None]
-        last = {"usage": _usage(answers.record), "timings": self._timings(answers.record)}
         # In a thread: the logprobs of long answers are megabytes of JSON.
         response = await anyio.to_thread.run_sync(
-            lambda: JsonResponse({**self._job.writer.answer(pieces), **last})
+            lambda: JsonResponse(self._job.wire.whole(pieces, answers.record))
         )
         await response(scope, _no_receive, send)
 
@@ -170,45 +180,22 @@ class Generation(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self, answers: Answers) -> AsyncIterator[bytes]:
-        """The stream's bytes: a chunk an event; after an error there is no [DONE].
-
-        The last chunk has the timings. A comment fills silence, also that of tokens which say nothing yet.
-        """
+        """The stream's bytes. The wire's ping fills silence, also that of tokens which say nothing yet."""
+        wire, record = self._job.wire, answers.record
+        if head := wire.begin(record):
+            yield head
         spoke = time.monotonic()
         try:
             async for piece in answers.pieces(self._ping_interval):
-                chunks = self._chunks(piece, answers) if piece else []
-                if piece is not None and not chunks and time.monotonic() - spoke < self._ping_interval:
+                data = wire.piece(piece, record, answers.ended) if piece else b""
+                if piece is not None and not data and time.monotonic() - spoke < self._ping_interval:
                     continue
-                yield b"".join(map(_event, chunks)) or b": ping\n\n"
+                yield data or wire.ping
                 spoke = time.monotonic()
         except EngineError as error:
-            yield _event(error_answer(error)[1])
+            yield wire.failed(error, record)
             return
-        if self._job.delivery.include_usage:
-            chunk = self._job.writer.usage_chunk(_usage(answers.record))
-            yield _event({**chunk, "timings": self._timings(answers.record)})
-        yield b"data: [DONE]\n\n"
-
-    def _chunks(self, piece: Piece, answers: Answers) -> list[dict[str, Any]]:
-        chunks = list(self._job.writer.chunks(piece))
-        delivery = self._job.delivery
-        if delivery.usage_so_far:
-            chunks = [chunk | {"usage": _usage(answers.record)} for chunk in chunks]
-        if piece.finish and answers.ended and not delivery.include_usage:
-            chunks[-1]["timings"] = self._timings(answers.record)
-        return chunks
-
-    def _timings(self, record: RequestRecord) -> dict[str, Any]:
-        return record.timings(sum(len(request.prompt) for request in self._job.requests))
-
-
-def _usage(record: RequestRecord) -> dict[str, Any]:
-    return usage(record.prompt_tokens, record.completion_tokens, record.reasoning_tokens)
-
-
-def _event(data: Mapping[str, Any]) -> bytes:
-    return b"data: " + to_json(data) + b"\n\n"
+        yield wire.end(record)
 
 
 async def _no_receive() -> Any:

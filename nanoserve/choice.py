@@ -23,6 +23,7 @@ class Piece:
         index: the choice.
         parts: what the text is of the message.
         reasoning: the token is one of the reasoning's, its end tag among them.
+        stopped_by: the stop string that ended a chat's answer, beside its ``finish``.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Piece:
     finish: Literal["stop", "length", "tool_calls"] | None = None
     parts: tuple[Part, ...] = ()
     reasoning: bool = False
+    stopped_by: str | None = None
 
 
 class AnswerFailed(EngineError):
@@ -142,7 +144,8 @@ class ChatChoice:
         if self.ended:
             reason = raw.finish if raw.finish and not self._stops.stopped else "stop"
             called = reason == "stop" and self._parser.calls > 0
-            pieces.append(Piece(self._index, finish="tool_calls" if called else reason))
+            finish = "tool_calls" if called else reason
+            pieces.append(Piece(self._index, finish=finish, stopped_by=self._stops.found))
         return pieces
 
     def _until_stop(self, parts: Sequence[Part], over: bool) -> list[Part]:

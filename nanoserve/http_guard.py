@@ -21,7 +21,7 @@ from nanoserve.config import ServerConfig
 from nanoserve.errors import ConfigError, RequestError
 from nanoserve.logs import log_request
 from nanoserve.metrics import Metrics, RequestRecord
-from nanoserve.protocol import error_object
+from nanoserve.protocol import anthropic_error, error_object
 
 log = logging.getLogger("nanoserve.http")
 
@@ -91,6 +91,16 @@ def request_id_of(scope: Scope) -> str:
     return scope[_ID]
 
 
+def is_anthropic(path: str) -> bool:
+    """Whether clients of Anthropic's interface ask here, who read errors of its shape."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def error_body(scope: Scope, status: int, error: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's error object in the shape that the path's clients read."""
+    return anthropic_error(error, status, request_id_of(scope)) if is_anthropic(scope["path"]) else error
+
+
 async def read_body(request: Request, config: ServerConfig) -> bytes:
     """The body of a POST.
 
@@ -154,6 +164,8 @@ class Guard:
         record = scope[_RECORD] = RequestRecord(self._metrics)
         request_id = scope[_ID] = _request_id(headers.get("x-request-id", ""))
         extra = {"x-request-id": request_id, **self._cors_headers(headers)}
+        if is_anthropic(scope["path"]):
+            extra["request-id"] = request_id
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -169,9 +181,8 @@ class Guard:
         except Exception:
             log.exception("request %s failed", request_id)
             if record.status is None:
-                await _error(500, "the server failed: see its log", "server_error", "internal_error")(
-                    scope, receive, send_marked
-                )
+                failure = _error(scope, 500, "the server failed: see its log", "server_error", "internal_error")
+                await failure(scope, receive, send_marked)
         finally:
             record.close()
             log_request(scope, record, request_id)
@@ -180,12 +191,12 @@ class Guard:
         """The answer to a request that may not pass."""
         if self._hosts is not None and not _is_allowed(headers.get("host"), self._hosts):
             message = "this Host is not served: use localhost, or start the server with --allowed-host"
-            return _error(403, message, "invalid_request_error", "host_not_allowed")
+            return _error(scope, 403, message, "invalid_request_error", "host_not_allowed")
         if scope["method"] == "OPTIONS" and headers.get("origin") in self._origins:
             return Response(status_code=204)
         if scope["path"] not in _OPEN_PATHS and self._key is not None and not self._has_key(headers):
-            message = "a valid API key is needed: send Authorization: Bearer KEY"
-            refusal = _error(401, message, "authentication_error", "invalid_api_key")
+            message = "a valid API key is needed: send Authorization: Bearer KEY, or x-api-key: KEY"
+            refusal = _error(scope, 401, message, "authentication_error", "invalid_api_key")
             refusal.headers["www-authenticate"] = "Bearer"
             return refusal
         return None
@@ -208,7 +219,7 @@ class Guard:
             "access-control-allow-origin": origin,
             "access-control-allow-methods": "GET, POST",
             "access-control-allow-headers": _allowed_headers(headers.get("access-control-request-headers", "")),
-            "access-control-expose-headers": "x-request-id, retry-after",
+            "access-control-expose-headers": "x-request-id, request-id, retry-after",
             "access-control-max-age": "600",
         }
 
@@ -219,8 +230,9 @@ def _allowed_headers(requested: str) -> str:
     return requested if _HEADER_NAMES.fullmatch(requested) else standard
 
 
-def _error(status: int, message: str, kind: str, code: str) -> JsonResponse:
-    return JsonResponse(error_object(message, kind=kind, code=code), status_code=status)
+def _error(scope: Scope, status: int, message: str, kind: str, code: str) -> JsonResponse:
+    body = error_body(scope, status, error_object(message, kind=kind, code=code))
+    return JsonResponse(body, status_code=status)
 
 
 def _request_id(offered: str) -> str:

@@ -157,12 +157,19 @@ def _tool_call(call: object, where: str) -> dict[str, Any]:
     function = dict(_mapping(given.get("function"), f"{where}.function"))
     if not isinstance(function.get("name"), str):
         _refuse(f"{where}.function.name", function.get("name"), "a string")
-    path = f"{where}.function.arguments"
-    arguments: object = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments, path) if arguments.strip() else {}
-    function["arguments"] = {} if arguments is None else dict(_mapping(arguments, path))
+    function["arguments"] = call_arguments(function.get("arguments"), f"{where}.function.arguments")
     return {**given, "function": function}
+
+
+def call_arguments(value: object, where: str) -> dict[str, Any]:
+    """A call's arguments: an object, its JSON, or nothing.
+
+    Raises:
+        RequestError: it is none of these; ``param`` is `where`.
+    """
+    if isinstance(value, str):
+        value = _parsed(value, where) if value.strip() else {}
+    return {} if value is None else dict(_mapping(value, where))
 
 
 def _parsed(text: str, where: str) -> object:

@@ -5,7 +5,7 @@ A field is implemented, harmless, or refused with its name: nothing that changes
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 from nanoserve.errors import EngineError, NanoserveError, RequestError
@@ -90,6 +90,29 @@ def error_object(message: str, *, kind: str, param: str | None = None, code: str
     return {"error": {"message": clean, "type": kind, "param": named, "code": code}}
 
 
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(error: Mapping[str, Any], status: int, request_id: str) -> dict[str, Any]:
+    """OpenAI's error object as Anthropic's, which has no place for field and code: the message names them.
+
+    Args:
+        error: what `error_object` made.
+        status: the HTTP status, which decides the type.
+        request_id: as in the request-id header.
+    """
+    told = {"type": _ANTHROPIC_KINDS.get(status, "invalid_request_error"), "message": error["error"]["message"]}
+    return {"type": "error", "error": told, "request_id": request_id}
+
+
 def error_answer(error: NanoserveError) -> tuple[int, dict[str, Any]]:
     """HTTP status and error object of one of our errors."""
     if isinstance(error, RequestError):
@@ -172,18 +195,26 @@ class Fields:
             raise RequestError(f"{name} has {len(entries)} entries and may have at most {most}", param=name)
         return entries
 
-    def done(self) -> None:
+    def done(
+        self, harmless: Collection[str] | None = None, neutral: Mapping[str, Sequence[object]] | None = None
+    ) -> None:
         """Refuse what is left.
+
+        Args:
+            harmless: fields that change no answer; by default OpenAI's, at the top of a body.
+            neutral: fields that are not implemented, and the values with which they ask for nothing; likewise.
 
         Raises:
             RequestError: a field is unknown, or is not implemented and asks for something.
         """
+        harmless = (() if self._where else _HARMLESS) if harmless is None else harmless
+        neutral = ({} if self._where else _NEUTRAL) if neutral is None else neutral
         for name, value in self._left.items():
             path = self.path(brief(name)[1:-1])
-            if not self._where and name in _HARMLESS:
+            if name in harmless:
                 continue
-            if not self._where and name in _NEUTRAL:
-                if not any(type(value) is type(fine) and value == fine for fine in _NEUTRAL[name]):
+            if name in neutral:
+                if not any(type(value) is type(fine) and value == fine for fine in neutral[name]):
                     message = f"{path} is not supported by this server: leave it out"
                     raise RequestError(message, param=path, code="unsupported_parameter")
                 continue

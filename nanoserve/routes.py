@@ -16,14 +16,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nanoserve import __version__
-from nanoserve.answers import Generation, Job
-from nanoserve.chat import parse_chat, parse_conversation
+from nanoserve import __version__, anthropic, responses
+from nanoserve.answers import Generation, Job, Wire
+from nanoserve.anthropic_answer import MessageWire
+from nanoserve.chat import ChatCall, parse_chat, parse_conversation
 from nanoserve.chat_answer import ChatWriter
 from nanoserve.choice import AnswerFailed, ChatChoice, Choice
 from nanoserve.completions import CompletionWriter, encode_prompt, parse_completion
 from nanoserve.config import ServerConfig
 from nanoserve.constraint import Constraints
+from nanoserve.doors import Names, renaming
 from nanoserve.errors import (
     ContextLengthError,
     NanoserveError,
@@ -35,13 +37,16 @@ from nanoserve.http_guard import (
     JsonResponse,
     LingeringResponse,
     check_origins,
+    error_body,
     read_body,
     request_id_of,
 )
 from nanoserve.metrics import Metrics
+from nanoserve.openai_wire import OpenAiWire
 from nanoserve.page import page
 from nanoserve.parameters import Limits, choice_requests, parse_model
 from nanoserve.protocol import Fields, checked_text, decode_json, error_answer, error_object, token_ids
+from nanoserve.responses_answer import ResponseWire, settings_of
 from nanoserve.structured import Held
 from nanoserve.tokenizer import Tokenizer
 from nanoserve.worker import Worker
@@ -106,7 +111,8 @@ async def on_http_error(request: HttpRequest, error: Exception) -> Response:
     path = request.scope["path"]
     words = {404: f"{path} does not exist", 405: f"{request.method} is not a method of {path}"}
     message, code = words.get(error.status_code, error.detail), f"http_{error.status_code}"
-    body = error_object(message, kind="invalid_request_error", code=code)
+    told = error_object(message, kind="invalid_request_error", code=code)
+    body = error_body(request.scope, error.status_code, told)
     return JsonResponse(body, status_code=error.status_code, headers=error.headers)
 
 
@@ -137,6 +143,9 @@ class Routes:
         post: dict[str, _Handler] = {
             "/v1/chat/completions": self.chat,
             "/v1/completions": self.completions,
+            "/v1/messages": self.messages,
+            "/v1/messages/count_tokens": self.count_tokens,
+            "/v1/responses": self.responses,
             "/tokenize": self.tokenize,
             "/detokenize": self.detokenize,
         }
@@ -146,11 +155,12 @@ class Routes:
         ]
 
     async def on_error(self, request: HttpRequest, error: Exception) -> Response:
-        """Any of our errors as OpenAI's error object."""
+        """Any of our errors as the error object of the path's interface."""
         assert isinstance(error, NanoserveError)
-        status, body = error_answer(error)
+        status, told = error_answer(error)
         if isinstance(error, AnswerFailed):
             status = 500
+        body = error_body(request.scope, status, told)
         if status in (408, 413):
             return LingeringResponse(body, status, request)
         response = JsonResponse(body, status_code=status)
@@ -204,6 +214,18 @@ class Routes:
         """POST /v1/completions."""
         return await self._generate(request, self._prepare_completion)
 
+    async def messages(self, request: HttpRequest) -> Response:
+        """POST /v1/messages."""
+        return await self._generate(request, self._prepare_message, anthropic.NAMES)
+
+    async def count_tokens(self, request: HttpRequest) -> Response:
+        """POST /v1/messages/count_tokens."""
+        return JsonResponse({"input_tokens": await self._prepare(request, self._count_tokens)})
+
+    async def responses(self, request: HttpRequest) -> Response:
+        """POST /v1/responses."""
+        return await self._generate(request, self._prepare_response, responses.NAMES)
+
     async def tokenize(self, request: HttpRequest) -> Response:
         """Token ids of a prompt or of a chat."""
         return JsonResponse(await self._prepare(request, self._tokenize))
@@ -226,14 +248,18 @@ class Routes:
         return await anyio.to_thread.run_sync(job, limiter=self._preparations)
 
     async def _generate(
-        self, request: HttpRequest, prepare: Callable[[dict[str, Any], str], tuple[Job, Held]]
+        self,
+        request: HttpRequest,
+        prepare: Callable[[dict[str, Any], str], tuple[Job, Held]],
+        names: Names = (),
     ) -> Response:
         self._service.worker.admit()  # before any work is spent on it
         job, held = await self._prepare(request, prepare)
         if held.grammar is not None or held.budget is not None:
             # Trying a grammar out takes seconds where it is hostile: nobody else's body may wait for that.
             hold = partial(self._hold, job, held)
-            job = await anyio.to_thread.run_sync(hold, limiter=self._trials)
+            with renaming(names):
+                job = await anyio.to_thread.run_sync(hold, limiter=self._trials)
         return Generation(job, self._service.worker, self._config.ping_interval)
 
     def _hold(self, job: Job, held: Held) -> Job:
@@ -256,6 +282,32 @@ class Routes:
 
     def _prepare_chat(self, body: dict[str, Any], request_id: str) -> tuple[Job, Held]:
         call = parse_chat(body, self._limits)
+        writer = ChatWriter(self._head("chatcmpl"), self._tokenizer("messages"), call)
+        return self._chat_job(call, request_id, lambda n: OpenAiWire(writer, call.delivery, n))
+
+    def _prepare_message(self, body: dict[str, Any], request_id: str) -> tuple[Job, Held]:
+        chat = anthropic.chat_body(body)
+        with renaming(anthropic.NAMES):
+            call = parse_chat(chat, self._limits)
+            most = call.sampling.max_tokens or 0
+            wire = MessageWire(request_id, f"msg_{uuid.uuid4().hex}", self._service.model_name, most)
+            return self._chat_job(call, request_id, lambda n: wire)
+
+    def _count_tokens(self, body: dict[str, Any], request_id: str) -> int:
+        chat = anthropic.chat_body(body, counting=True)
+        with renaming(anthropic.NAMES):
+            call = parse_chat(chat, self._limits)
+            return len(call.conversation.encode(self._tokenizer("messages")))
+
+    def _prepare_response(self, body: dict[str, Any], request_id: str) -> tuple[Job, Held]:
+        chat = responses.chat_body(body)
+        with renaming(responses.NAMES):
+            call = parse_chat(chat, self._limits)
+            wire = ResponseWire(self._head("resp", "_"), settings_of(body, call))
+            return self._chat_job(call, request_id, lambda n: wire)
+
+    def _chat_job(self, call: ChatCall, request_id: str, wire: Callable[[int], Wire]) -> tuple[Job, Held]:
+        """Encode a chat; ``wire`` gets the number of tokens that the engine will read."""
         tokenizer = self._tokenizer("messages")
         prompt = call.conversation.encode(tokenizer)
         if len(prompt) >= self._service.max_context:
@@ -263,8 +315,8 @@ class Routes:
         reading = call.reading(tokenizer, prompt)
         requests = choice_requests([prompt], call.sampling, call.delivery.choices, request_id)
         choices = [ChatChoice(i, reading, tokenizer) for i in range(len(requests))]
-        writer = ChatWriter(self._head("chatcmpl"), tokenizer, call)
-        return Job(requests, choices, writer, len(prompt), call.delivery), call.held
+        read = len(prompt) * len(requests)
+        return Job(requests, choices, wire(read), len(prompt), call.delivery.stream), call.held
 
     def _prepare_completion(self, body: dict[str, Any], request_id: str) -> tuple[Job, Held]:
         call = parse_completion(body, self._limits)
@@ -273,12 +325,12 @@ class Routes:
         requests = choice_requests(prompts, call.sampling, call.delivery.choices, request_id)
         choices = [Choice(i, call.sampling.stop, tokenizer) for i in range(len(requests))]
         writer = CompletionWriter(self._head("cmpl"), tokenizer, call, prompts)
-        tokens = sum(map(len, prompts))
-        return Job(requests, choices, writer, tokens, call.delivery), call.held
+        wire = OpenAiWire(writer, call.delivery, sum(len(request.prompt) for request in requests))
+        return Job(requests, choices, wire, sum(map(len, prompts)), call.delivery.stream), call.held
 
-    def _head(self, prefix: str) -> dict[str, Any]:
+    def _head(self, prefix: str, mark: str = "-") -> dict[str, Any]:
         """What is the same in every chunk of an answer."""
-        name = f"{prefix}-{uuid.uuid4().hex}"
+        name = f"{prefix}{mark}{uuid.uuid4().hex}"
         return {"id": name, "created": int(time.time()), "model": self._service.model_name}
 
     def _tokenizer(self, param: str) -> Tokenizer:

@@ -67,6 +67,12 @@ class StopSearch:
         self._shown = 0
         self._end = 0  # characters searched
         self._cut: int | None = None  # where the earliest complete match so far begins
+        self._cut_by: str | None = None  # the string that matched there
+
+    @property
+    def found(self) -> str | None:
+        """The stop string that matched; None until one has."""
+        return self._cut_by if self.stopped else None
 
     def push(self, text: str) -> str:
         """Add text; returns the new text that can be shown, perhaps none."""
@@ -80,7 +86,8 @@ class StopSearch:
             for search in self._searches:
                 if search.push(character):
                     begin = self._end - len(search.text)
-                    self._cut = begin if self._cut is None else min(begin, self._cut)
+                    if self._cut is None or begin < self._cut:
+                        self._cut, self._cut_by = begin, search.text
             if self._cut is not None and self._earliest_pending() >= self._cut:
                 self.stopped = True
                 return self._show(self._cut)

@@ -8,7 +8,7 @@ import pytest
 
 from nanoserve.errors import RequestError
 from nanoserve.random_tokenizer import write_tokenizer
-from nanoserve.text import TextStream
+from nanoserve.text import StopSearch, TextStream
 from nanoserve.tokenizer import Tokenizer
 
 
@@ -99,6 +99,16 @@ def test_a_longer_stop_string_at_the_same_place_is_not_waited_for(tokenizer: Tok
     stream = TextStream(tokenizer, ["a", "ab"])
     assert stream.push(byte_ids(tokenizer, "a")[0]) == ""
     assert stream.stopped
+
+
+def test_the_search_says_which_string_it_found() -> None:
+    for cut in range(4):
+        search = StopSearch(["b", "abc", "zz"])
+        assert search.push("xabc"[:cut]) + search.push("xabc"[cut:]) == "x"
+        assert (search.stopped, search.found) == (True, "abc")
+    search = StopSearch(["b", "abc"])
+    assert (search.push("ab"), search.found) == ("", None)
+    assert (search.finish(), search.found) == ("a", "b")
 
 
 def test_after_a_match_nothing_comes(tokenizer: Tokenizer) -> None:
