@@ -27,6 +27,7 @@ NAMES: Names = (
     (r"tools\[(\d+)\]\.function", r"tools[\1]"),
     (r"stop", "stop_sequences"),
     (r"reasoning_effort", "output_config.effort"),
+    (r"response_format\.json_schema", "output_config.format"),
     (r"response_format", "output_config.format"),
     (r"thinking_token_budget", "thinking.budget_tokens"),
 )

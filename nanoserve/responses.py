@@ -30,6 +30,7 @@ NAMES: Names = (
     (r"max_tokens", "max_output_tokens"),
     (r"messages", "input"),
     (r"reasoning_effort", "reasoning.effort"),
+    (r"response_format\.json_schema", "text.format"),
     (r"response_format", "text.format"),
     (r"verbosity", "text.verbosity"),
 )

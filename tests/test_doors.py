@@ -2,16 +2,20 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import httpx
 import pytest
-from fake_engine import PLAIN, FakeEngine, make_service, make_tokenizer, plain_config
+from fake_engine import MODEL, PLAIN, VOCAB, FakeEngine, make_service, make_tokenizer, plain_config
 from in_process import client_of
 from starlette.applications import Starlette
 from test_malformed import RAW, check_error
 
+from nanoserve import anthropic, responses
+from nanoserve.chat import parse_chat
+from nanoserve.grammar import Grammar, JsonSchema, ToolCalls
+from nanoserve.parameters import Limits
 from nanoserve.routes import create_app
 from nanoserve.tokenizer import Tokenizer
 from nanoserve.worker import Worker
@@ -21,6 +25,7 @@ HI = [{"role": "user", "content": "hi"}]
 DEEP: Any = json.loads("[" * 400 + "]" * 400)
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA"}}
 SCHEMA = {"type": "object"}
+BAD_SCHEMA = {"type": "nothing"}
 
 
 def user(*blocks: Any) -> list[Any]:
@@ -101,13 +106,14 @@ ANTHROPIC: list[tuple[str, list[Any]]] = [
     ("thinking.display", [{"type": "adaptive", "display": "omitted"}]),
     (
         "thinking.budget_tokens",
-        [{"type": "enabled", "budget_tokens": 1024}, {"type": "disabled", "budget_tokens": 1}],
+        [{"type": "enabled", "budget_tokens": -1}, {"type": "disabled", "budget_tokens": 1}],
     ),
     (
         "output_config.effort",
         [{"effort": "none"}, {"effort": 5}, {"effort": "low"}],
     ),  # no low_effort in the template
-    ("output_config.format", [{"format": {"type": "json_schema", "schema": SCHEMA}}, {"format": 5}]),
+    ("output_config.format", [{"format": 5}]),
+    ("output_config.format", [{"format": {"type": "json_schema", "schema": BAD_SCHEMA}}]),
     ("output_config.format.type", [{"format": {"type": "json_object"}}]),
     ("output_config.x", [{"x": 1}]),
     ("context_management.edits[0]", [{"edits": [{"type": "clear_tool_uses_20250919"}]}, {"edits": [5]}]),
@@ -175,9 +181,12 @@ RESPONSE: list[tuple[str, list[Any]]] = [
     ("reasoning.summary", [{"summary": "detailed"}]),
     ("reasoning.x", [{"x": 1}]),
     ("text", ["x"]),
+    ("text.format.type", [{"format": {"type": "yaml"}}, {"format": {"name": "n"}}]),
+    ("text.format.schema", [{"format": {"type": "json_schema", "name": "n"}}]),
+    ("text.format", [{"format": {"type": "json_schema", "name": "n", "schema": BAD_SCHEMA}}]),
     (
         "text.format",
-        [{"format": {"type": "json_object"}}, {"format": {"type": "json_schema", "name": "n", "schema": {}}}],
+        [{"format": 5}],
     ),
     ("text.verbosity", [{"verbosity": "low"}]),
     ("truncation", ["auto"]),
@@ -260,7 +269,7 @@ def test_a_wrong_field_is_named(app: Starlette, path: str, named: str, body: dic
         assert param == named, error
     of_input = path == RESPONSES and message.startswith("the prompt has")
     assert message.startswith("the prompt has" if of_input else f"{named} "), message
-    if path == MESSAGES and named != "max_tokens" and "messages ends" not in message:
+    if path == MESSAGES and named not in ("max_tokens", "output_config.format") and "ends" not in message:
         counted = {name: value for name, value in body.items() if name != "max_tokens"}
         response = post(app, COUNT, json.dumps(counted).encode())
         assert response.status_code == 200 if named == "the prompt" else check_anthropic(response) == message
@@ -356,6 +365,46 @@ def test_a_silent_stream_is_kept_alive(tokenizer: Tokenizer, path: str, ping: st
     assert first.startswith(("event: message_start\n", "event: response.created\n"))
     assert ping in rest
     assert "[DONE]" not in text
+
+
+FUNCTIONS: dict[str, Mapping[str, Any]] = {"f": SCHEMA, "g": SCHEMA}
+ANTHROPIC_TOOLS = [{"name": name, "input_schema": SCHEMA} for name in FUNCTIONS]
+FLAT_TOOLS = [{"type": "function", "name": name, "parameters": SCHEMA} for name in FUNCTIONS]
+ONE: dict[str, Mapping[str, Any]] = {"f": SCHEMA}
+JSON = JsonSchema(SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("chat", "held"),
+    [
+        ({"tools": ANTHROPIC_TOOLS, "tool_choice": {"type": "any"}}, ToolCalls(FUNCTIONS)),
+        (
+            {"tools": ANTHROPIC_TOOLS, "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
+            ToolCalls(FUNCTIONS, several=False),
+        ),
+        ({"tools": ANTHROPIC_TOOLS, "tool_choice": {"type": "tool", "name": "f"}}, ToolCalls(ONE, several=False)),
+        ({"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}, JSON),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, None),
+    ],
+)
+def test_an_anthropic_answer_is_held_to_what_was_asked(chat: dict[str, Any], held: Grammar | None) -> None:
+    body = {"messages": HI, "max_tokens": 2000, **chat}
+    asked = parse_chat(anthropic.chat_body(body), Limits(MODEL, VOCAB, {}, True)).held
+    assert (asked.grammar, asked.budget) == (held, None if held else 1024)
+
+
+@pytest.mark.parametrize(
+    ("chat", "held"),
+    [
+        ({"tools": FLAT_TOOLS, "tool_choice": "required"}, ToolCalls(FUNCTIONS)),
+        ({"tools": FLAT_TOOLS, "tool_choice": {"type": "function", "name": "f"}}, ToolCalls(ONE, several=False)),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "strict": True, "schema": SCHEMA}}}, JSON),
+        ({"text": {"format": {"type": "json_object"}}}, JSON),
+    ],
+)
+def test_a_response_is_held_to_what_was_asked(chat: dict[str, Any], held: Grammar) -> None:
+    body = {"input": "hi", **chat}
+    assert parse_chat(responses.chat_body(body), Limits(MODEL, VOCAB, {}, True)).held.grammar == held
 
 
 def test_calls_are_single_where_asked(tokenizer: Tokenizer) -> None:
