@@ -1,0 +1,136 @@
+"""Host side of the mixture of experts in Triton: three launches a layer, four where there is a latent."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from nanoserve.kernels.fused import MoeWeights, Norm
+from nanoserve.kernels.linear import Weight
+from nanoserve.kernels.triton_linear import add_norm, checked, linears_add_norm, shape_options, stored
+from nanoserve.kernels.triton_moe import choose_kernel, down_kernel, front_kernel, gate_kernel, up_kernel
+from nanoserve.kernels.weight_tiles import Tile, tile_of
+
+GATE_ROWS = 4
+"""Experts a program of the router: its weight is small, and many programs read it sooner."""
+
+
+def router(
+    x: Tensor, gate: Tensor, bias: Tensor, top_k: int, scale: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """`nanoserve.kernels.router.router`, in two launches; of equal scores the lower number is taken first."""
+    x, experts = checked(x), len(gate)
+    logits = torch.empty((len(x), experts), device=x.device)
+    ids, weights = _choice(x, top_k)
+    pdl = _pdl(x.device)
+    gate_kernel[(triton.cdiv(experts, GATE_ROWS),)](
+        x, gate, logits, experts, T=len(x), K=x.shape[1], BYTES=gate.element_size(), BE=GATE_ROWS, BK=1024, **pdl
+    )
+    choose_kernel[(len(x),)](
+        logits, bias, ids, weights, experts, scale,
+        TOP=top_k, NORMALIZE=normalize, BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_K=triton.next_power_of_2(top_k), **pdl,
+    )  # fmt: skip
+    return ids, weights
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, up: Weight, down: Weight) -> Tensor:
+    """`nanoserve.kernels.moe.experts`, in two launches."""
+    x = checked(x)
+    hidden = _up(x, ids, up)
+    tickets = torch.zeros(len(x) * len(down.data[0]), dtype=torch.int32, device=x.device)
+    return _down(hidden, ids, weights, down, torch.empty_like(x), tickets)
+
+
+def moe_add_norm(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """`nanoserve.kernels.fused.moe_add_norm`; of equal scores the lower expert's number is taken first."""
+    x = checked(x)
+    ids, weights, shared, narrow = _front(x, w)
+    hidden = _up(narrow, ids, w.up)
+    if w.latent_out:
+        routed = _down(hidden, ids, weights, w.down, torch.empty_like(narrow), w.tickets[1:])
+        return linears_add_norm(routed, w.latent_out, shared, w.shared_down, stream, norm)
+    normed = torch.empty_like(stream)
+    new = _down(
+        hidden, ids, weights, w.down, torch.empty_like(stream), w.tickets[1:],
+        shared=(shared, w.shared_down), tail=(stream, norm, normed),
+    )  # fmt: skip
+    fused = _down_tile(w.down, w.top_k, x.device).fused
+    return (new, normed) if fused else add_norm(new, None, norm.weight, norm.eps)
+
+
+def _pdl(device: torch.device) -> dict[str, Any]:
+    return {"PDL": True, "launch_pdl": True} if device.type != "cpu" else {"PDL": False}
+
+
+def _choice(x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    ids = torch.empty((len(x), top_k), dtype=torch.int32, device=x.device)
+    return ids, torch.empty((len(x), top_k), device=x.device)
+
+
+def _front(x: Tensor, w: MoeWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids, weights, the shared expert's hidden values, what the experts read)."""
+    shared, count = stored(w.shared_up), len(w.gate)
+    latent = stored(w.latent_in) if w.latent_in else shared
+    ids, weights = _choice(x, w.top_k)
+    logits = torch.empty((len(x), count), device=x.device)
+    hidden = torch.empty((len(x), shared.rows), dtype=x.dtype, device=x.device)
+    narrow = torch.empty((len(x), latent.rows), dtype=x.dtype, device=x.device) if w.latent_in else x
+    tile = tile_of(shared.bits, shared.rows, shared.columns, x.device)
+    blocks = triton.cdiv(count, GATE_ROWS) + triton.cdiv(shared.rows, tile.rows)
+    blocks += triton.cdiv(latent.rows, tile.rows) if w.latent_in else 0
+    front_kernel[(blocks,)](
+        x, w.gate, w.bias, logits, ids, weights, w.tickets, count, w.scale,
+        *shared.tensors, hidden, shared.rows, *latent.tensors, narrow, latent.rows,
+        T=len(x), K=x.shape[1], BITS1=shared.bits, BITS2=latent.bits if w.latent_in else 0,
+        TOP=w.top_k, NORMALIZE=w.normalize, BYTES=w.gate.element_size(), BE=GATE_ROWS,
+        BLOCK_E=triton.next_power_of_2(count), BLOCK_K=triton.next_power_of_2(w.top_k),
+        **shape_options(tile, len(x), x.device),
+    )  # fmt: skip
+    return ids, weights, hidden, narrow
+
+
+def _up(x: Tensor, ids: Tensor, up: Weight) -> Tensor:
+    """Hidden values of the chosen experts [T * k, I]."""
+    view, pairs = stored(up), ids.numel()
+    tile = tile_of(view.bits, view.rows, view.columns, x.device, copies=ids.shape[1])
+    hidden = torch.empty((pairs, view.rows), dtype=x.dtype, device=x.device)
+    up_kernel[(triton.cdiv(view.rows, tile.rows), pairs)](
+        x, ids, *view.tensors, hidden, view.rows,
+        K=view.columns, BITS=view.bits, TOP=ids.shape[1], **shape_options(tile, 1, x.device),
+    )  # fmt: skip
+    return hidden
+
+
+def _down(
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    down: Weight,
+    out: Tensor,
+    tickets: Tensor,
+    *,
+    shared: tuple[Tensor, Weight] | None = None,
+    tail: tuple[Tensor, Norm, Tensor] | None = None,
+) -> Tensor:
+    view, top_k = stored(down), ids.shape[1]
+    tile = _down_tile(down, top_k, out.device)
+    x2, second = (shared[0], stored(shared[1])) if shared else (hidden, view)
+    stream, normed = (tail[0], tail[2]) if tail else (out, out)
+    norm = tail[1] if tail else Norm(weights, 0.0, tickets)
+    count = triton.cdiv(top_k, tile.slots) + (1 if shared else 0)
+    parts = torch.empty((len(ids), count, view.rows), device=out.device)
+    down_kernel[(triton.cdiv(view.rows, tile.rows), count, len(ids))](
+        hidden, ids, weights, *view.tensors, x2, *second.tensors, parts, out,
+        stream, norm.weight, normed, tickets, norm.tickets, view.rows, norm.eps,
+        T=len(ids), K=view.columns, K2=second.columns, BITS=view.bits, BITS2=second.bits if shared else 0,
+        TOP=top_k, FUSED=tile.fused and tail is not None, BLOCK=triton.next_power_of_2(view.rows),
+        **shape_options(tile, 1, out.device),
+    )  # fmt: skip
+    return out
+
+
+def _down_tile(down: Weight, top_k: int, device: torch.device) -> Tile:
+    view = stored(down)
+    return tile_of(view.bits, view.rows, view.columns, device, copies=top_k)

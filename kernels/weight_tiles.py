@@ -1,0 +1,63 @@
+"""How the weight-reading kernels are cut for each chip: tuned choices as data; nothing is tried when an engine starts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+ENOUGH_WARPS = 1024
+"""About eight for each multiprocessor of a large chip: fewer leave the memory idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a product with a few tokens is cut.
+
+    Attributes:
+        rows: of the weight, a program; a multiple of 16.
+        chunk: bytes of a row, a warp and step; 64, 128 or 256.
+        slots: warps that share K.
+        stages: of the copies to shared memory.
+        early: weights are fetched, and the next launch begins, before the launch before has ended.
+        fused: the norm that ends a layer is in the launch that writes the residual stream.
+    """
+
+    rows: int = 16
+    chunk: int = 128
+    slots: int = 4
+    stages: int = 4
+    early: bool = True
+    fused: bool = True
+
+
+TUNED: Mapping[tuple[int, int], Mapping[tuple[int, int, int], Tile]] = {(9, 0): {}, (12, 0): {}, (12, 1): {}}
+"""Compute capability → (bits of a weight, rows, columns) → tile. H100 and H200 are 9.0, RTX PRO 6000 is 12.0, DGX
+Spark 12.1. tests/gpu_matvec.py measures them."""
+
+
+def tile_of(bits: int, rows: int, columns: int, device: torch.device, copies: int = 1) -> Tile:
+    """The tile of a weight on a device.
+
+    Args:
+        bits: of a weight.
+        rows: of it.
+        columns: of it.
+        device: a CPU (Triton's interpreter) and the meta device have no tuned tiles.
+        copies: how many such weights one launch reads, the experts.
+    """
+    chip = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    tuned = TUNED.get(chip, {}) if chip else {}
+    return tuned.get((bits, rows, columns)) or untuned(bits, rows, columns, copies)
+
+
+def untuned(bits: int, rows: int, columns: int, copies: int) -> Tile:
+    """Enough warps to keep the memory busy, and few columns past the end of a row."""
+    slots = 1
+    while slots < 8 and -(-rows // 16) * copies * slots < ENOUGH_WARPS:
+        slots *= 2
+
+    def padded(chunk: int) -> int:
+        step = slots * chunk * 8 // bits
+        return -(-columns // step) * step
+
+    return Tile(chunk=min((128, 64), key=padded), slots=slots)
