@@ -6,9 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
+from nanoserve.kernels import fused
 from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import Weight
-from nanoserve.kernels.triton_linear import add_norm, checked, linears_add_norm, shape_options, stored
+from nanoserve.kernels.router import router as reference_router
+from nanoserve.kernels.triton_linear import FEW, add_norm, checked, linears_add_norm, shape_options, stored
 from nanoserve.kernels.triton_moe import choose_kernel, down_kernel, front_kernel, gate_kernel, up_kernel
 from nanoserve.kernels.weight_tiles import Tile, tile_of
 
@@ -20,6 +22,8 @@ def router(
     x: Tensor, gate: Tensor, bias: Tensor, top_k: int, scale: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     """`nanoserve.kernels.router.router`, in two launches; of equal scores the lower number is taken first."""
+    if len(x) > FEW:
+        return reference_router(x, gate, bias, top_k, scale, normalize)
     x, experts = checked(x), len(gate)
     logits = torch.empty((len(x), experts), device=x.device)
     ids, weights = _choice(x, top_k)
@@ -45,6 +49,8 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, up: Weight, down: Weight) -
 
 def moe_add_norm(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """`nanoserve.kernels.fused.moe_add_norm`; of equal scores the lower expert's number is taken first."""
+    if len(x) > FEW:
+        return fused.moe_add_norm(x, w, stream, norm)
     x = checked(x)
     ids, weights, shared, narrow = _front(x, w)
     hidden = _up(narrow, ids, w.up)
@@ -56,8 +62,7 @@ def moe_add_norm(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[
         hidden, ids, weights, w.down, torch.empty_like(stream), w.tickets[1:],
         shared=(shared, w.shared_down), tail=(stream, norm, normed),
     )  # fmt: skip
-    fused = _down_tile(w.down, w.top_k, x.device).fused
-    return (new, normed) if fused else add_norm(new, None, norm.weight, norm.eps)
+    return (new, normed) if _down_tile(w.down, w.top_k, x.device).fused else add_norm(new, None, norm.weight, norm.eps)
 
 
 def _pdl(device: torch.device) -> dict[str, Any]:

@@ -7,14 +7,18 @@ import torch
 import triton
 from torch import Tensor
 
+from nanoserve.errors import BackendError
 from nanoserve.kernels.fused import Norm
-from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
+from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight, relu2
+from nanoserve.kernels.triton_gemm import gemm_kernel
 from nanoserve.kernels.triton_skinny import linears_kernel
 from nanoserve.kernels.triton_stream import add_norm_kernel, linear_add_norm_kernel
-from nanoserve.kernels.weight_tiles import Tile, tile_of
+from nanoserve.kernels.weight_tiles import Tile, gemm_tile, tile_of
 
 FEW = 16
 """Up to so many tokens a product is bound by reading its weight."""
+WEIGHTS = 3
+"""So many weights one launch takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,11 @@ class Stored:
 
 
 def stored(weight: Weight) -> Stored:
-    """A weight (or a stack of experts) as a kernel's arguments."""
+    """A weight (or a stack of experts) as a kernel's arguments.
+
+    Raises:
+        BackendError: it is stored as F16 or F32.
+    """
     match weight:
         case Nvfp4(data, scales, global_scale):
             return Stored((data.view(torch.int16), scales, global_scale), 4, data.shape[-2], 2 * data.shape[-1])
@@ -37,7 +45,10 @@ def stored(weight: Weight) -> Stored:
         case Plain(data) if data.dtype == torch.bfloat16:
             return Stored((data, data, data), 16, *data.shape[-2:])
         case Plain(data):
-            raise TypeError(f"the Triton kernels read BF16, FP8 and NVFP4 weights, and this one is {data.dtype}")
+            raise BackendError(
+                f"the triton backends read BF16, FP8 and NVFP4 weights, and this one is {data.dtype}: "
+                "choose torch for the op"
+            )
 
 
 def shape_options(tile: Tile, tokens: int, device: torch.device) -> dict[str, Any]:
@@ -57,9 +68,16 @@ def shape_options(tile: Tile, tokens: int, device: torch.device) -> dict[str, An
 
 
 def checked(x: Tensor) -> Tensor:
-    """Tokens as the kernels read them: BF16, one after another."""
+    """Tokens as the kernels read them: BF16, one after another.
+
+    Raises:
+        BackendError: they are not BF16.
+    """
     if x.dtype != torch.bfloat16:
-        raise TypeError(f"the Triton kernels compute on BF16 activations, and these are {x.dtype}")
+        raise BackendError(
+            f"the triton backends compute on bfloat16 activations, and these are {x.dtype}: "
+            "use dtype 'bfloat16', or choose torch for the op"
+        )
     return x.contiguous()
 
 
@@ -70,37 +88,50 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 def linear_f32(x: Tensor, weight: Weight) -> Tensor:
     """`nanoserve.kernels.linear.linear_f32` for BF16 activations."""
-    return _launch(x, (weight,), torch.float32, squared=False)[0]
+    return products(x, (weight,), torch.float32)[0]
 
 
 def linears(x: Tensor, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:
-    """`nanoserve.kernels.fused.linears`, in one launch."""
-    return _launch(x, weights, x.dtype, squared=False)
+    """`nanoserve.kernels.fused.linears`: one launch for up to three weights and few tokens."""
+    return products(x, weights, x.dtype)
 
 
-def linear_relu2(x: Tensor, weight: Weight) -> Tensor:
-    """relu2(linear(x, weight))."""
-    return _launch(x, (weight,), x.dtype, squared=True)[0]
-
-
-def _launch(x: Tensor, weights: tuple[Weight, ...], dtype: torch.dtype, *, squared: bool) -> tuple[Tensor, ...]:
+def products(
+    x: Tensor, weights: tuple[Weight, ...], dtype: torch.dtype, *, squared: bool = False
+) -> tuple[Tensor, ...]:
+    """x @ w.T in a type of choice; relu2 of it with ``squared``, which is for a single weight and few tokens."""
     x = checked(x)
+    if len(x) > FEW or len(weights) > WEIGHTS:
+        return tuple(_many(x, weight, dtype) for weight in weights)
     views = [stored(weight) for weight in weights]
     outs = tuple(torch.empty((len(x), view.rows), dtype=dtype, device=x.device) for view in views)
-    first = views[0]
+    first, missing = views[0], WEIGHTS - len(views)
     tile = tile_of(first.bits, sum(view.rows for view in views), first.columns, x.device)
     arguments: list[Any] = []
     for view, out in zip(views, outs, strict=True):
         arguments += [*view.tensors, out, view.rows]
-    arguments += [*first.tensors, outs[0], 0] * (3 - len(views))
-    bits = [view.bits for view in views] + [0] * (3 - len(views))
-    grid = (sum(triton.cdiv(view.rows, tile.rows) for view in views),)
-    linears_kernel[grid](
+    arguments += [*first.tensors, outs[0], 0] * missing
+    bits = [view.bits for view in views] + [0] * missing
+    linears_kernel[(sum(triton.cdiv(view.rows, tile.rows) for view in views),)](
         x, x.shape[1], *arguments,
         T=len(x), K=first.columns, BITS1=bits[0], BITS2=bits[1], BITS3=bits[2], SQUARED1=squared,
         **shape_options(tile, len(x), x.device),
     )  # fmt: skip
     return outs
+
+
+def _many(x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+    view, (tokens, columns) = stored(weight), x.shape
+    tile = gemm_tile(view.bits, tokens)
+    out = torch.empty((tokens, view.rows), dtype=dtype, device=x.device)
+    if view.bits == 4:  # as the codes of a stored element lie
+        x = x.view(tokens, columns // 4, 4).permute(2, 0, 1).contiguous()
+    gemm_kernel[(triton.cdiv(tokens, tile.tokens), triton.cdiv(view.rows, tile.rows))](
+        x, *view.tensors, out, tokens, view.rows,
+        K=columns, BITS=view.bits, BN=tile.rows, BK=tile.columns, BT=tile.tokens, STAGES=tile.stages,
+        ASM=x.device.type != "cpu", num_warps=tile.warps,
+    )  # fmt: skip
+    return out
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -124,13 +155,19 @@ def linear_add_norm(x: Tensor, weight: Weight, stream: Tensor, norm: Norm) -> tu
 
 def mlp_add_norm(x: Tensor, up: Weight, down: Weight, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """`nanoserve.kernels.fused.mlp_add_norm`, in two launches."""
-    return linear_add_norm(linear_relu2(x, up), down, stream, norm)
+    few = len(x) <= FEW
+    hidden = products(x, (up,), x.dtype, squared=few)[0]
+    return linear_add_norm(hidden if few else relu2(hidden), down, stream, norm)
 
 
 def linears_add_norm(
     x: Tensor, weight: Weight, x2: Tensor | None, weight2: Weight | None, stream: Tensor, norm: Norm
 ) -> tuple[Tensor, Tensor]:
     """add_norm(stream, linear(x, weight) + linear(x2, weight2)); without the second product where it is None."""
+    if len(x) > FEW:
+        delta = linear(x, weight)
+        delta = delta if x2 is None or weight2 is None else delta + linear(x2, weight2)
+        return add_norm(stream, delta, norm.weight, norm.eps)
     x, first = checked(x), stored(weight)
     second = stored(weight2) if weight2 else first
     tile = tile_of(first.bits, first.rows, first.columns, x.device)

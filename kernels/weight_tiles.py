@@ -30,6 +30,33 @@ class Tile:
     fused: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class GemmTile:
+    """How a product with many tokens is cut.
+
+    Attributes:
+        rows: of the weight, a program.
+        tokens: a program.
+        columns: a step; 64 at least where a weight has 4 bits.
+        warps: of a program.
+        stages: of the copies to shared memory.
+    """
+
+    rows: int
+    tokens: int
+    columns: int
+    warps: int
+    stages: int = 3
+
+
+def gemm_tile(bits: int, tokens: int) -> GemmTile:
+    """The tile for so many tokens; it does not depend on the chip yet."""
+    columns = 128 if bits == 4 else 64
+    if tokens <= 64:
+        return GemmTile(64, 32 if tokens <= 32 else 64, columns, warps=4)
+    return GemmTile(128, 128, columns, warps=8)
+
+
 TUNED: Mapping[tuple[int, int], Mapping[tuple[int, int, int], Tile]] = {(9, 0): {}, (12, 0): {}, (12, 1): {}}
 """Compute capability → (bits of a weight, rows, columns) → tile. H100 and H200 are 9.0, RTX PRO 6000 is 12.0, DGX
 Spark 12.1. tests/gpu_matvec.py measures them."""
