@@ -6,6 +6,7 @@ A new backend is a line in `BACKENDS` and a predicate in `REQUIREMENTS`; the mod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,17 +14,50 @@ from torch import Tensor
 
 from nanoserve.errors import BackendError
 from nanoserve.kernels.attention import LayerKV
+from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
 from nanoserve.kernels.ssm import SsmWeights
 
 BACKENDS: Mapping[str, Mapping[str, str]] = {
     # op: {backend: "module:function"}, best first. The torch column is each op's meaning and runs anywhere.
-    "add_norm": {"torch": "nanoserve.kernels.norm:add_norm"},
+    # Where torch stands before triton, no GPU has yet shown that kernel right and fast: it is taken by name only.
+    "add_norm": {
+        "torch": "nanoserve.kernels.norm:add_norm",
+        "triton": "nanoserve.kernels.triton_linear:add_norm",
+    },
     "gated_norm": {"torch": "nanoserve.kernels.norm:gated_norm"},
-    "linear_plain": {"torch": "nanoserve.kernels.linear:linear"},
-    "linear_fp8": {"torch": "nanoserve.kernels.linear:linear"},
-    "linear_nvfp4": {"torch": "nanoserve.kernels.linear:linear"},
-    "head": {"torch": "nanoserve.kernels.linear:linear_f32"},
+    "linear_plain": {
+        "torch": "nanoserve.kernels.linear:linear",
+        "triton": "nanoserve.kernels.triton_linear:linear",
+    },
+    "linear_fp8": {
+        "torch": "nanoserve.kernels.linear:linear",
+        "triton": "nanoserve.kernels.triton_linear:linear",
+    },
+    "linear_nvfp4": {
+        "torch": "nanoserve.kernels.linear:linear",
+        "triton": "nanoserve.kernels.triton_linear:linear",
+    },
+    "head": {
+        "torch": "nanoserve.kernels.linear:linear_f32",
+        "triton": "nanoserve.kernels.triton_linear:linear_f32",
+    },
+    "linears": {
+        "torch": "nanoserve.kernels.fused:linears",
+        "triton": "nanoserve.kernels.triton_linear:linears",
+    },
+    "linear_add_norm": {
+        "torch": "nanoserve.kernels.fused:linear_add_norm",
+        "triton": "nanoserve.kernels.triton_linear:linear_add_norm",
+    },
+    "mlp_add_norm": {
+        "torch": "nanoserve.kernels.fused:mlp_add_norm",
+        "triton": "nanoserve.kernels.triton_linear:mlp_add_norm",
+    },
+    "moe_add_norm": {
+        "torch": "nanoserve.kernels.fused:moe_add_norm",
+        "triton": "nanoserve.kernels.triton_experts:moe_add_norm",
+    },
     "conv_prefill": {"torch": "nanoserve.kernels.conv:conv"},
     "conv_decode": {"torch": "nanoserve.kernels.conv:conv"},
     "ssm_prefill": {"torch": "nanoserve.kernels.ssm:ssm_scan"},
@@ -31,16 +65,34 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     "kv_append": {"torch": "nanoserve.kernels.attention:kv_append"},
     "attention_prefill": {"torch": "nanoserve.kernels.attention:attention"},
     "attention_decode": {"torch": "nanoserve.kernels.attention:attention"},
-    "router": {"torch": "nanoserve.kernels.router:router"},
+    "router": {
+        "torch": "nanoserve.kernels.router:router",
+        "triton": "nanoserve.kernels.triton_experts:router",
+    },
     "experts_prefill": {"torch": "nanoserve.kernels.moe:experts"},
-    "experts_decode": {"torch": "nanoserve.kernels.moe:experts"},
+    "experts_decode": {
+        "torch": "nanoserve.kernels.moe:experts",
+        "triton": "nanoserve.kernels.triton_experts:experts",
+    },
     "sample": {"torch": "nanoserve.kernels.sample:sample"},
 }
 
 Requirement = Callable[[torch.device], str | None]
 """Why a backend cannot run on a device, or None when it can."""
 
-REQUIREMENTS: Mapping[str, Requirement] = {"torch": lambda device: None}
+
+def _triton(device: torch.device) -> str | None:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "needs an NVIDIA GPU"
+    if not find_spec("triton"):
+        return "needs the triton package, which torch for CUDA brings"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0) and major != 12:
+        return f"needs compute capability 9.0 or 12.x, and this GPU has {major}.{minor}"
+    return None
+
+
+REQUIREMENTS: Mapping[str, Requirement] = {"torch": lambda device: None, "triton": _triton}
 
 Experts = Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
 Attend = Callable[[Tensor, LayerKV, Tensor, Tensor], Tensor]
@@ -67,6 +119,10 @@ class Ops:
     linear_fp8: Callable[[Tensor, Weight], Tensor]
     linear_nvfp4: Callable[[Tensor, Weight], Tensor]
     head: Callable[[Tensor, Weight], Tensor]
+    linears: Callable[[Tensor, tuple[Weight, ...]], tuple[Tensor, ...]]
+    linear_add_norm: Callable[[Tensor, Weight, Tensor, Norm], tuple[Tensor, Tensor]]
+    mlp_add_norm: Callable[[Tensor, Weight, Weight, Tensor, Norm], tuple[Tensor, Tensor]]
+    moe_add_norm: Callable[[Tensor, MoeWeights, Tensor, Norm], tuple[Tensor, Tensor]]
     conv_prefill: Conv
     conv_decode: Conv
     ssm_prefill: Callable[[Tensor, Tensor, Tensor, Tensor, SsmWeights, Tensor, int], Tensor]

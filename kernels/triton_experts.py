@@ -1,16 +1,25 @@
 """Host side of the mixture of experts in Triton: three launches a layer, four where there is a latent."""
 
-from typing import Any
-
 import torch
-import triton
 from torch import Tensor
 
 from nanoserve.kernels import fused
 from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import Weight
 from nanoserve.kernels.router import router as reference_router
-from nanoserve.kernels.triton_linear import FEW, add_norm, checked, linears_add_norm, shape_options, stored
+from nanoserve.kernels.triton_linear import (
+    FEW,
+    add_norm,
+    ahead,
+    blocks,
+    checked,
+    dependent,
+    launch,
+    linears_add_norm,
+    power_of_two,
+    shape_options,
+    stored,
+)
 from nanoserve.kernels.triton_moe import choose_kernel, down_kernel, front_kernel, gate_kernel, up_kernel
 from nanoserve.kernels.weight_tiles import Tile, tile_of
 
@@ -27,14 +36,26 @@ def router(
     x, experts = checked(x), len(gate)
     logits = torch.empty((len(x), experts), device=x.device)
     ids, weights = _choice(x, top_k)
-    pdl = _pdl(x.device)
-    gate_kernel[(triton.cdiv(experts, GATE_ROWS),)](
-        x, gate, logits, experts, T=len(x), K=x.shape[1], BYTES=gate.element_size(), BE=GATE_ROWS, BK=1024, **pdl
+    early = dependent(x.device)
+    launch(
+        gate_kernel,
+        (blocks(experts, GATE_ROWS),),
+        x,
+        gate,
+        logits,
+        experts,
+        T=len(x),
+        K=x.shape[1],
+        BYTES=gate.element_size(),
+        BE=GATE_ROWS,
+        BK=1024,
+        **early,
     )
-    choose_kernel[(len(x),)](
+    launch(
+        choose_kernel, (len(x),),
         logits, bias, ids, weights, experts, scale,
-        TOP=top_k, NORMALIZE=normalize, BLOCK_E=triton.next_power_of_2(experts),
-        BLOCK_K=triton.next_power_of_2(top_k), **pdl,
+        TOP=top_k, NORMALIZE=normalize, BLOCK_E=power_of_two(experts),
+        BLOCK_K=power_of_two(top_k), **early,
     )  # fmt: skip
     return ids, weights
 
@@ -62,11 +83,9 @@ def moe_add_norm(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[
         hidden, ids, weights, w.down, torch.empty_like(stream), w.tickets[1:],
         shared=(shared, w.shared_down), tail=(stream, norm, normed),
     )  # fmt: skip
-    return (new, normed) if _down_tile(w.down, w.top_k, x.device).fused else add_norm(new, None, norm.weight, norm.eps)
-
-
-def _pdl(device: torch.device) -> dict[str, Any]:
-    return {"PDL": True, "launch_pdl": True} if device.type != "cpu" else {"PDL": False}
+    if not _down_tile(w.down, w.top_k, x.device).fused:
+        return add_norm(new, None, norm.weight, norm.eps)
+    return new, normed
 
 
 def _choice(x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -82,15 +101,17 @@ def _front(x: Tensor, w: MoeWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = torch.empty((len(x), count), device=x.device)
     hidden = torch.empty((len(x), shared.rows), dtype=x.dtype, device=x.device)
     narrow = torch.empty((len(x), latent.rows), dtype=x.dtype, device=x.device) if w.latent_in else x
-    tile = tile_of(shared.bits, shared.rows, shared.columns, x.device)
-    blocks = triton.cdiv(count, GATE_ROWS) + triton.cdiv(shared.rows, tile.rows)
-    blocks += triton.cdiv(latent.rows, tile.rows) if w.latent_in else 0
-    front_kernel[(blocks,)](
+    tile = tile_of(shared.bits, shared.rows, shared.columns, x.device, tokens=len(x))
+    programs = blocks(count, GATE_ROWS) + blocks(shared.rows, tile.rows)
+    programs += blocks(latent.rows, tile.rows) if w.latent_in else 0
+    launch(
+        front_kernel, (programs,),
         x, w.gate, w.bias, logits, ids, weights, w.tickets, count, w.scale,
         *shared.tensors, hidden, shared.rows, *latent.tensors, narrow, latent.rows,
         T=len(x), K=x.shape[1], BITS1=shared.bits, BITS2=latent.bits if w.latent_in else 0,
         TOP=w.top_k, NORMALIZE=w.normalize, BYTES=w.gate.element_size(), BE=GATE_ROWS,
-        BLOCK_E=triton.next_power_of_2(count), BLOCK_K=triton.next_power_of_2(w.top_k),
+        BLOCK_E=power_of_two(count), BLOCK_K=power_of_two(w.top_k),
+        AHEAD=ahead(tile, x.device, shared, latent),
         **shape_options(tile, len(x), x.device),
     )  # fmt: skip
     return ids, weights, hidden, narrow
@@ -101,7 +122,8 @@ def _up(x: Tensor, ids: Tensor, up: Weight) -> Tensor:
     view, pairs = stored(up), ids.numel()
     tile = tile_of(view.bits, view.rows, view.columns, x.device, copies=ids.shape[1])
     hidden = torch.empty((pairs, view.rows), dtype=x.dtype, device=x.device)
-    up_kernel[(triton.cdiv(view.rows, tile.rows), pairs)](
+    launch(
+        up_kernel, (blocks(view.rows, tile.rows), pairs),
         x, ids, *view.tensors, hidden, view.rows,
         K=view.columns, BITS=view.bits, TOP=ids.shape[1], **shape_options(tile, 1, x.device),
     )  # fmt: skip
@@ -124,13 +146,15 @@ def _down(
     x2, second = (shared[0], stored(shared[1])) if shared else (hidden, view)
     stream, normed = (tail[0], tail[2]) if tail else (out, out)
     norm = tail[1] if tail else Norm(weights, 0.0, tickets)
-    count = triton.cdiv(top_k, tile.slots) + (1 if shared else 0)
+    count = blocks(top_k, tile.slots) + (1 if shared else 0)
     parts = torch.empty((len(ids), count, view.rows), device=out.device)
-    down_kernel[(triton.cdiv(view.rows, tile.rows), count, len(ids))](
+    launch(
+        down_kernel, (blocks(view.rows, tile.rows), count, len(ids)),
         hidden, ids, weights, *view.tensors, x2, *second.tensors, parts, out,
         stream, norm.weight, normed, tickets, norm.tickets, view.rows, norm.eps,
         T=len(ids), K=view.columns, K2=second.columns, BITS=view.bits, BITS2=second.bits if shared else 0,
-        TOP=top_k, FUSED=tile.fused and tail is not None, BLOCK=triton.next_power_of_2(view.rows),
+        TOP=top_k, FUSED=tile.fused and tail is not None, BLOCK=power_of_two(view.rows),
+        AHEAD=ahead(tile, out.device, second) if shared else 0,
         **shape_options(tile, 1, out.device),
     )  # fmt: skip
     return out

@@ -1,4 +1,9 @@
-"""A weight times many tokens: y = x @ w.T, the stored weight expanded tile by tile on its way to the tensor cores."""
+"""A weight times many tokens: y = x @ w.T, the stored weight expanded tile by tile, on its way to tensor cores."""
+
+# Triton's types are those of its compiler, and not of the language that it compiles.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
 
 import triton
 import triton.language as tl
@@ -23,7 +28,7 @@ def gemm_kernel(
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
 ) -> None:
-    """out [tokens, rows] = x @ w.T; grid (blocks of BT tokens, blocks of BN rows).
+    """Set out [tokens, rows] = x @ w.T; grid (blocks of BT tokens, blocks of BN rows).
 
     x is BF16 [tokens, K]; where BITS is 4, [4, tokens, K / 4] with x[i, t, e] the token's value at k = 4 e + i, as
     the codes of a stored element lie.
@@ -46,9 +51,7 @@ def gemm_kernel(
             four = codes(weights, ASM)
             for i in tl.static_range(4):
                 plane = x + tokens.to(tl.int64) * (K // 4) * i
-                part = tl.load(
-                    plane + token[None, :] * (K // 4) + e[:, None], mask=inside[:, None], other=0.0
-                )
+                part = tl.load(plane + token[None, :] * (K // 4) + e[:, None], mask=inside[:, None], other=0.0)
                 acc = tl.dot(scaled(four[i], grid, ASM), part, acc)
         else:
             part = tl.load(x + token[None, :] * K + e[:, None], mask=inside[:, None], other=0.0)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from nanoserve.errors import BackendError
@@ -17,13 +16,15 @@ from nanoserve.kernels.weight_tiles import Tile, gemm_tile, tile_of
 
 FEW = 16
 """Up to so many tokens a product is bound by reading its weight."""
+FETCHED = 20 << 20
+"""Bytes of weights that are fetched ahead whole: they must stay in the second cache until they are read."""
 WEIGHTS = 3
 """So many weights one launch takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A weight as a kernel's arguments: data, block scales, scale of the matrix; bits of a weight; rows, columns."""
+    """A weight as a kernel's arguments: (data, block scales, scale of the matrix), bits of a weight, its shape."""
 
     tensors: tuple[Tensor, Tensor, Tensor]
     bits: int
@@ -61,10 +62,38 @@ def shape_options(tile: Tile, tokens: int, device: torch.device) -> dict[str, An
         "SLOTS": tile.slots,
         "STAGES": tile.stages,
         "ASM": real,
-        "PDL": real and tile.early,
         "num_warps": tile.slots,
-        **({"launch_pdl": True} if real and tile.early else {}),
+        **dependent(device, early=tile.early),
     }
+
+
+def dependent(device: torch.device, *, early: bool = True) -> dict[str, Any]:
+    """Options for a launch that may begin before the one in front of it has ended."""
+    on = early and device.type != "cpu"
+    return {"PDL": on, "launch_pdl": True} if on else {"PDL": False}
+
+
+def ahead(tile: Tile, device: torch.device, *weights: Stored) -> int:
+    """Bytes of each row to fetch while the launch before ends: all, where the second cache holds the weights."""
+    if not tile.early or device.type == "cpu":
+        return 0
+    total = sum(view.rows * view.columns * view.bits // 8 for view in weights)
+    return 1 << 20 if total <= FETCHED else tile.slots * tile.chunk * (tile.stages - 1)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+    """Launch a Triton kernel, whose own types say nothing of a launch."""
+    kernel[grid](*arguments, **options)
+
+
+def blocks(count: int, block: int) -> int:
+    """How many blocks cover ``count``."""
+    return -(-count // block)
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (count - 1).bit_length()
 
 
 def checked(x: Tensor) -> Tensor:
@@ -99,22 +128,25 @@ def linears(x: Tensor, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:
 def products(
     x: Tensor, weights: tuple[Weight, ...], dtype: torch.dtype, *, squared: bool = False
 ) -> tuple[Tensor, ...]:
-    """x @ w.T in a type of choice; relu2 of it with ``squared``, which is for a single weight and few tokens."""
+    """Products x @ w.T in a type of choice; relu2 of it with ``squared``, for a single weight and few tokens."""
     x = checked(x)
     if len(x) > FEW or len(weights) > WEIGHTS:
         return tuple(_many(x, weight, dtype) for weight in weights)
     views = [stored(weight) for weight in weights]
     outs = tuple(torch.empty((len(x), view.rows), dtype=dtype, device=x.device) for view in views)
     first, missing = views[0], WEIGHTS - len(views)
-    tile = tile_of(first.bits, sum(view.rows for view in views), first.columns, x.device)
+    rows = sum(view.rows for view in views)
+    tile = tile_of(first.bits, rows, first.columns, x.device, tokens=len(x))
     arguments: list[Any] = []
     for view, out in zip(views, outs, strict=True):
         arguments += [*view.tensors, out, view.rows]
     arguments += [*first.tensors, outs[0], 0] * missing
     bits = [view.bits for view in views] + [0] * missing
-    linears_kernel[(sum(triton.cdiv(view.rows, tile.rows) for view in views),)](
+    launch(
+        linears_kernel, (sum(blocks(view.rows, tile.rows) for view in views),),
         x, x.shape[1], *arguments,
         T=len(x), K=first.columns, BITS1=bits[0], BITS2=bits[1], BITS3=bits[2], SQUARED1=squared,
+        AHEAD=ahead(tile, x.device, *views),
         **shape_options(tile, len(x), x.device),
     )  # fmt: skip
     return outs
@@ -126,7 +158,8 @@ def _many(x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     out = torch.empty((tokens, view.rows), dtype=dtype, device=x.device)
     if view.bits == 4:  # as the codes of a stored element lie
         x = x.view(tokens, columns // 4, 4).permute(2, 0, 1).contiguous()
-    gemm_kernel[(triton.cdiv(tokens, tile.tokens), triton.cdiv(view.rows, tile.rows))](
+    launch(
+        gemm_kernel, (blocks(tokens, tile.tokens), blocks(view.rows, tile.rows)),
         x, *view.tensors, out, tokens, view.rows,
         K=columns, BITS=view.bits, BN=tile.rows, BK=tile.columns, BT=tile.tokens, STAGES=tile.stages,
         ASM=x.device.type != "cpu", num_warps=tile.warps,
@@ -138,12 +171,11 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tup
     """`nanoserve.kernels.norm.add_norm`: a program a token."""
     new = x if delta is None else torch.empty_like(x)
     normed = torch.empty_like(x)
-    real = x.device.type != "cpu"
     size = x.shape[1]
-    add_norm_kernel[(len(x),)](
+    launch(
+        add_norm_kernel, (len(x),),
         x, x if delta is None else delta, weight, new, normed, size, eps,
-        ADD=delta is not None, PDL=real, BLOCK=triton.next_power_of_2(size), num_warps=8,
-        **({"launch_pdl": True} if real else {}),
+        ADD=delta is not None, BLOCK=power_of_two(size), num_warps=8, **dependent(x.device),
     )  # fmt: skip
     return new, normed
 
@@ -170,12 +202,14 @@ def linears_add_norm(
         return add_norm(stream, delta, norm.weight, norm.eps)
     x, first = checked(x), stored(weight)
     second = stored(weight2) if weight2 else first
-    tile = tile_of(first.bits, first.rows, first.columns, x.device)
+    tile = tile_of(first.bits, first.rows, first.columns, x.device, tokens=len(x))
     new, normed = torch.empty_like(stream), torch.empty_like(stream)
-    linear_add_norm_kernel[(triton.cdiv(first.rows, tile.rows),)](
+    launch(
+        linear_add_norm_kernel, (blocks(first.rows, tile.rows),),
         x, *first.tensors, x if x2 is None else checked(x2), *second.tensors,
         stream, new, norm.weight, normed, norm.tickets, first.rows, norm.eps,
         T=len(x), K1=first.columns, K2=second.columns, BITS1=first.bits, BITS2=second.bits if weight2 else 0,
-        FUSED=tile.fused, BLOCK=triton.next_power_of_2(first.rows), **shape_options(tile, len(x), x.device),
+        FUSED=tile.fused, BLOCK=power_of_two(first.rows), AHEAD=ahead(tile, x.device, first, second),
+        **shape_options(tile, len(x), x.device),
     )  # fmt: skip
     return (new, normed) if tile.fused else add_norm(new, None, norm.weight, norm.eps)

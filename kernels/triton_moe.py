@@ -1,13 +1,18 @@
 """A mixture of experts for a few tokens: what reads the layer's input, the experts' two products, and the choice.
 
-The chosen experts' numbers are read on the device. Each token reads its own experts: two tokens that share one find
-it in the second cache. The weighted sum runs over the experts in the order of the choice.
+The chosen experts' numbers are read on the device. Each token reads its own experts: two tokens that share one
+find it in the second cache. The weighted sum runs over the experts in the order of the choice.
 """
+
+# Triton's types are those of its compiler, and not of the language that it compiles.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
 
 import triton
 import triton.language as tl
 
-from nanoserve.kernels.triton_skinny import product, project, slot_sums
+from nanoserve.kernels.triton_skinny import ahead, product, project, slot_sums
 from nanoserve.kernels.triton_stream import normalise_if_last
 from nanoserve.kernels.triton_tile import fetch, producers_done
 
@@ -26,10 +31,9 @@ def gate_logits(
     BK: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """logits [T, experts] = x @ gate.T at one block of BE experts, float32 throughout."""
-    if PDL:
-        size = tl.minimum(BE, experts - block * BE) * (K * BYTES)
-        fetch(gate.to(tl.int64) + block * (BE * K * BYTES), size // 16 * 16)
+    """Set logits [T, experts] = x @ gate.T at one block of BE experts, float32 throughout."""
+    if PDL:  # it is small, and fetched whole
+        fetch(gate, block * BE, experts, K * BYTES, K * BYTES, BE, 32)
     x = x + producers_done(PDL)
     e = block * BE + tl.arange(0, BE)
     row = tl.minimum(e, experts - 1)
@@ -55,7 +59,7 @@ def choose(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """One token's TOP experts by sigmoid + bias, best first, of equals the lower number first; and their weights."""
+    """One token's TOP experts by sigmoid + bias, best first, of equals the lower number; and their weights."""
     e = tl.arange(0, BLOCK_E)
     # .cg: other multiprocessors wrote it.
     logit = tl.load(logits + e, mask=e < experts, other=0.0, cache_modifier=".cg")
@@ -113,9 +117,7 @@ def choose_kernel(
     """`choose` alone; a program a token."""
     t = tl.program_id(0)
     logits = logits + t * experts + producers_done(PDL)
-    choose(
-        logits, bias, ids + t * TOP, weights + t * TOP, experts, scale, TOP, NORMALIZE, BLOCK_E, BLOCK_K
-    )
+    choose(logits, bias, ids + t * TOP, weights + t * TOP, experts, scale, TOP, NORMALIZE, BLOCK_E, BLOCK_K)
 
 
 @triton.jit
@@ -154,12 +156,13 @@ def front_kernel(
     BT: tl.constexpr,
     SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ) -> None:
     """All that reads the layer's input: the router, the shared expert's first product (1), and the latent's (2).
 
-    Grid: the router's blocks, of which the last to end chooses while the others read on; then those of (1), of (2).
+    Grid: the router's blocks, of which the last to end chooses while others read on; then those of (1), of (2).
     """
     block = tl.program_id(0)
     gates = tl.cdiv(experts, BE)
@@ -177,12 +180,12 @@ def front_kernel(
     elif block < gates + blocks1:
         project(
             block - gates, x, K, w1, scales1, matrix_scale1, out1, rows1,
-            T, K, BITS1, True, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
+            T, K, BITS1, True, BN, CHUNK, BT, SLOTS, STAGES, AHEAD, PDL, ASM,
         )  # fmt: skip
     elif BITS2 > 0:
         project(
             block - gates - blocks1, x, K, w2, scales2, matrix_scale2, out2, rows2,
-            T, K, BITS2, False, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
+            T, K, BITS2, False, BN, CHUNK, BT, SLOTS, STAGES, AHEAD, PDL, ASM,
         )  # fmt: skip
 
 
@@ -206,14 +209,14 @@ def up_kernel(
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ) -> None:
-    """out [T * TOP, rows] = relu(x @ w[ids].T)²; grid (blocks of BN rows, T * TOP)."""
+    """Set out [T * TOP, rows] = relu(x @ w[ids].T)²; grid (blocks of BN rows, T * TOP)."""
     PER: tl.constexpr = 4 if BITS == 4 else 1  # what an element of the stored weight holds
     block, pair = tl.program_id(0), tl.program_id(1)
     e = tl.load(ids + pair + producers_done(PDL)).to(tl.int64)
     project(
         block, x + pair // TOP * K, K, w + e * rows * (K // PER), scales + e * rows * (K // 16),
         matrix_scales + e, out + pair * rows, rows,
-        1, K, BITS, True, BN, CHUNK, BT, SLOTS, STAGES, False, ASM,
+        1, K, BITS, True, BN, CHUNK, BT, SLOTS, STAGES, 0, False, ASM,
     )  # fmt: skip
 
 
@@ -251,17 +254,19 @@ def down_kernel(
     BT: tl.constexpr,
     SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ) -> None:
     """The experts' second product and weighted sum; grid (blocks of BN rows, parts, T).
 
-    A part is SLOTS experts, one a warp; the shared expert is one more, unless BITS2 is 0. The last program of a block
-    of rows adds the parts up in their order. Without a shared expert out [T, rows] is that sum; with one it is
-    stream + sum + x2 @ w2.T, each rounded as the reference rounds it, and normed is its norm, with FUSED.
+    A part is SLOTS experts, one a warp; the shared expert is one more, unless BITS2 is 0. The last program of a
+    block of rows adds the parts up in their order. Without a shared expert out [T, rows] is that sum. With one it
+    is stream + sum + x2 @ w2.T, each rounded as the reference rounds it, and normed is its norm, with FUSED.
     """
     block, part, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     ROUTED: tl.constexpr = (TOP + SLOTS - 1) // SLOTS
+    SHARED: tl.constexpr = BITS2 if BITS2 > 0 else 16  # without one, no program takes that way
     count: tl.constexpr = ROUTED + 1 if BITS2 > 0 else ROUTED
     n = block * BN + tl.arange(0, BN)
     if part < ROUTED:
@@ -270,9 +275,10 @@ def down_kernel(
             tl.minimum(n, rows - 1), rows, K, BITS, TOP, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
         )  # fmt: skip
     else:
+        ahead(block, w2, scales2, rows, K2, SHARED, BN, SLOTS, AHEAD)
         y = product(
             block, x2 + t * K2, K2, w2, scales2, matrix_scale2, rows,
-            1, K2, BITS2 if BITS2 > 0 else 16, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
+            1, K2, SHARED, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
         )  # fmt: skip
     parts += t * count * rows
     inside = n < rows
@@ -317,7 +323,7 @@ def expert_sums(
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ) -> tl.tensor:
-    """sum_j weights[j] * hidden[j] @ w[ids[j]].T over one part's j, of one token: float32 [BN, BT], all columns alike."""
+    """One part's sum of weights[j] * hidden[j] @ w[ids[j]].T, of one token: float32 [BN, BT], columns alike."""
     PER: tl.constexpr = 4 if BITS == 4 else 1  # what an element of a tile holds
     BK: tl.constexpr = CHUNK * 8 // BITS
     zero = producers_done(PDL)

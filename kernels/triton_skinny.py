@@ -4,6 +4,11 @@ A program owns BN rows. Its SLOTS warps walk along K side by side, BK columns ea
 memory STAGES - 1 steps ahead, and add up what they have at the end, in a fixed order.
 """
 
+# Triton's types are those of its compiler, and not of the language that it compiles.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
+
 import triton
 import triton.language as tl
 
@@ -74,7 +79,7 @@ def slot_sums(
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
 ) -> tl.tensor:
-    """x @ w.T at the rows ``n``, without the scale of the whole matrix: float32 [SLOTS, BN, BT].
+    """Products x @ w.T at the rows ``n``, without the scale of the whole matrix: float32 [SLOTS, BN, BT].
 
     Args:
         x: a pointer a slot: [T, K], BF16; as int64 where BITS is 4.
@@ -101,22 +106,24 @@ def slot_sums(
 
 
 @triton.jit
-def fetch_rows(
+def ahead(
+    block: tl.tensor,
     w: tl.tensor,
     scales: tl.tensor,
-    first: tl.tensor,
     rows: tl.tensor,
     K: tl.constexpr,
     BITS: tl.constexpr,
     BN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> None:
-    """Begin to bring a program's rows to the second cache: they lie side by side, and depend on no launch before."""
-    count = tl.minimum(BN, rows - first)
-    start = w.to(tl.int64) + first.to(tl.int64) * (K * BITS // 8)
-    fetch(start, count * (K * BITS // 8) // 16 * 16)
-    if BITS == 4:
-        start = scales.to(tl.int64) + first.to(tl.int64) * (K // 16)
-        fetch(start // 16 * 16, count * (K // 16) // 16 * 16)
+    """Begin to fetch AHEAD bytes of each row that `product` will read: no launch writes a weight."""
+    if AHEAD > 0:
+        ROW: tl.constexpr = K * BITS // 8
+        SIZE: tl.constexpr = AHEAD if AHEAD < ROW else ROW
+        fetch(w, block * BN, rows, ROW, SIZE, BN, SLOTS * 32)
+        if BITS == 4:
+            fetch(scales, block * BN, rows, K // 16, SIZE // 8, BN, SLOTS * 32)
 
 
 @triton.jit
@@ -139,14 +146,12 @@ def product(
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ) -> tl.tensor:
-    """x @ w.T at the ``block``-th BN rows, float32 [BN, BT]; CHUNK bytes of a row a slot and step.
+    """Products x @ w.T at the ``block``-th BN rows, float32 [BN, BT]; CHUNK bytes of a row a slot and step.
 
     x is BF16 [T, K]; it may still be in the making by the launch before, where PDL is on.
     """
     BK: tl.constexpr = CHUNK * 8 // BITS
     first = block * BN
-    if PDL:
-        fetch_rows(w, scales, first, rows, K, BITS, BN)
     if BITS < 16:
         factor = tl.load(matrix_scale)
     x = x + producers_done(PDL)
@@ -184,13 +189,13 @@ def project(
     BT: tl.constexpr,
     SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ) -> None:
-    """out [T, rows] = x @ w.T at one block of rows, or relu(x @ w.T)² of the rounded product with SQUARED."""
-    y = product(
-        block, x, x_row, w, scales, matrix_scale, rows, T, K, BITS, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM
-    )
+    """Set out [T, rows] = x @ w.T at one block of rows, or relu(x @ w.T)² of the rounded product with SQUARED."""
+    ahead(block, w, scales, rows, K, BITS, BN, SLOTS, AHEAD)
+    y = product(block, x, x_row, w, scales, matrix_scale, rows, T, K, BITS, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM)
     y = y.to(out.dtype.element_ty)
     if SQUARED:
         y = tl.maximum(y.to(tl.float32), 0.0)
@@ -231,29 +236,25 @@ def linears_kernel(
     BT: tl.constexpr,
     SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ) -> None:
-    """Up to three weights over the same tokens; grid: their blocks of BN rows one after another. BITS 0: no weight."""
+    """Up to three weights over the same tokens; grid: their blocks of BN rows in turn. BITS 0 says: no weight."""
     block = tl.program_id(0)
     blocks1, blocks2 = tl.cdiv(rows1, BN), tl.cdiv(rows2, BN)
-    if BITS2 == 0:
+    if BITS2 == 0 or block < blocks1:
         project(
             block, x, x_row, w1, scales1, matrix_scale1, out1, rows1,
-            T, K, BITS1, SQUARED1, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
-        )  # fmt: skip
-    elif block < blocks1:
-        project(
-            block, x, x_row, w1, scales1, matrix_scale1, out1, rows1,
-            T, K, BITS1, SQUARED1, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
+            T, K, BITS1, SQUARED1, BN, CHUNK, BT, SLOTS, STAGES, AHEAD, PDL, ASM,
         )  # fmt: skip
     elif block < blocks1 + blocks2:
         project(
             block - blocks1, x, x_row, w2, scales2, matrix_scale2, out2, rows2,
-            T, K, BITS2, False, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
+            T, K, BITS2, False, BN, CHUNK, BT, SLOTS, STAGES, AHEAD, PDL, ASM,
         )  # fmt: skip
     elif BITS3 > 0:
         project(
             block - blocks1 - blocks2, x, x_row, w3, scales3, matrix_scale3, out3, rows3,
-            T, K, BITS3, False, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
+            T, K, BITS3, False, BN, CHUNK, BT, SLOTS, STAGES, AHEAD, PDL, ASM,
         )  # fmt: skip

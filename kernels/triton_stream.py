@@ -4,10 +4,15 @@ The norm needs every row of the stream, so each program takes a ticket when its 
 normalises them all, in a fixed order: the result does not depend on which one was last.
 """
 
+# Triton's types are those of its compiler, and not of the language that it compiles.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
+
 import triton
 import triton.language as tl
 
-from nanoserve.kernels.triton_skinny import product
+from nanoserve.kernels.triton_skinny import ahead, product
 from nanoserve.kernels.triton_tile import producers_done
 
 
@@ -21,7 +26,7 @@ def join(
     T: tl.constexpr,
     BT: tl.constexpr,
 ) -> None:
-    """new = stream + delta at rows ``n`` of T tokens; ``delta`` [BN, BT] is rounded already."""
+    """Set new = stream + delta at rows ``n`` of T tokens; ``delta`` [BN, BT] is rounded already."""
     t = tl.arange(0, BT)
     mask = (t < T)[None, :] & (n < rows)[:, None]
     at = t[None, :] * rows + n[:, None]
@@ -120,11 +125,18 @@ def linear_add_norm_kernel(
     BT: tl.constexpr,
     SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ) -> None:
-    """new = stream + x1 @ w1.T (+ x2 @ w2.T, unless BITS2 is 0); normed = its norm, with FUSED. Grid: blocks of BN rows."""
+    """Set new = stream + x1 @ w1.T (+ x2 @ w2.T, unless BITS2 is 0), normed = its norm, with FUSED.
+
+    Grid: blocks of BN rows.
+    """
     block = tl.program_id(0)
+    ahead(block, w1, scales1, rows, K1, BITS1, BN, SLOTS, AHEAD)
+    if BITS2 > 0:
+        ahead(block, w2, scales2, rows, K2, BITS2, BN, SLOTS, AHEAD)
     y = product(
         block, x1, K1, w1, scales1, matrix_scale1, rows, T, K1, BITS1, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM
     )

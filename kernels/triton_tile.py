@@ -9,6 +9,11 @@ four tiles of codes, and the activations are four interleaved vectors: no value 
 ``ASM`` says whether PTX may be written out. Triton's interpreter has none, and takes plain operations.
 """
 
+# Triton's types are those of its compiler, and not of the language that it compiles.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
+
 import triton
 import triton.language as tl
 
@@ -30,7 +35,7 @@ and.b32 t, $4, 0x80008000;
 or.b32 $3, t, u;
 }""")
 """Four codes of each of two elements as BF16 pairs: sign at bit 15, the three other bits at 8 … 6, which is the
-code's value times 2^-126, subnormals included. A product with 4160 = 2^12 + 2^6 puts both at their places at once."""
+code's value times 2^-126, subnormals included. A product with 4160 = 2^12 + 2^6 brings both there at once."""
 
 QUARTERS = tl.constexpr("""{
 .reg .b32 a, b, c, d;
@@ -52,9 +57,7 @@ WAIT = tl.constexpr("griddepcontrol.wait; mov.u32 $0, 0;")
 RELEASE = tl.constexpr("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
 FETCH = tl.constexpr("""{
 .reg .pred p;
-.reg .b32 t;
-mov.u32 t, %tid.x;
-setp.eq.u32 p, t, 0;
+setp.ne.s32 p, $3, 0;
 @p cp.async.bulk.prefetch.L2.global [$1], $2;
 mov.u32 $0, 0;
 }""")
@@ -75,9 +78,31 @@ def producers_done(PDL: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def fetch(start: tl.tensor, size: tl.tensor) -> None:
-    """Begin to bring bytes to the second cache; ``start`` is a pointer aligned to 16, ``size`` a multiple of it."""
-    tl.inline_asm_elementwise(FETCH, "=r,l,r", [start, size], dtype=tl.int32, is_pure=False, pack=1)
+def fetch(
+    base: tl.tensor,
+    first: tl.tensor,
+    rows: tl.tensor,
+    ROW: tl.constexpr,
+    SIZE: tl.constexpr,
+    BN: tl.constexpr,
+    THREADS: tl.constexpr,
+) -> None:
+    """Begin to bring what BN rows from ``first`` begin with, SIZE of ROW bytes each, to the second cache.
+
+    A thread a row; whole and aligned sixteens of bytes only. It asks for nothing past the last row's end.
+    """
+    thread = tl.arange(0, THREADS)
+    row = tl.minimum(first + thread, rows - 1).to(tl.int64)
+    start = (base.to(tl.int64) + row * ROW) & -16
+    if SIZE >= 16:
+        tl.inline_asm_elementwise(
+            FETCH,
+            "=r,l,r,r",
+            [start, SIZE // 16 * 16, (thread < BN).to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

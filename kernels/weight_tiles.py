@@ -1,12 +1,15 @@
-"""How the weight-reading kernels are cut for each chip: tuned choices as data; nothing is tried when an engine starts."""
+"""How the weight-reading kernels are cut for each chip: tuned choices as data; an engine's start tries nothing."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 ENOUGH_WARPS = 1024
 """About eight for each multiprocessor of a large chip: fewer leave the memory idle."""
+
+SHARED = 96 << 10
+"""Bytes of shared memory for copies; SM12x has 99 KiB a block, and reductions take some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ TUNED: Mapping[tuple[int, int], Mapping[tuple[int, int, int], Tile]] = {(9, 0): 
 Spark 12.1. tests/gpu_matvec.py measures them."""
 
 
-def tile_of(bits: int, rows: int, columns: int, device: torch.device, copies: int = 1) -> Tile:
+def tile_of(bits: int, rows: int, columns: int, device: torch.device, *, tokens: int = 1, copies: int = 1) -> Tile:
     """The tile of a weight on a device.
 
     Args:
@@ -70,11 +73,12 @@ def tile_of(bits: int, rows: int, columns: int, device: torch.device, copies: in
         rows: of it.
         columns: of it.
         device: a CPU (Triton's interpreter) and the meta device have no tuned tiles.
+        tokens: that meet it in a launch.
         copies: how many such weights one launch reads, the experts.
     """
     chip = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     tuned = TUNED.get(chip, {}) if chip else {}
-    return tuned.get((bits, rows, columns)) or untuned(bits, rows, columns, copies)
+    return fitted(tuned.get((bits, rows, columns)) or untuned(bits, rows, columns, copies), bits, tokens)
 
 
 def untuned(bits: int, rows: int, columns: int, copies: int) -> Tile:
@@ -88,3 +92,20 @@ def untuned(bits: int, rows: int, columns: int, copies: int) -> Tile:
         return -(-columns // step) * step
 
     return Tile(chunk=min((128, 64), key=padded), slots=slots)
+
+
+def fitted(tile: Tile, bits: int, tokens: int) -> Tile:
+    """The tile with as few columns a step as the shared memory asks for, where more tokens come with them."""
+    while shared_bytes(tile, bits, tokens) > SHARED and tile.chunk > 64:
+        tile = replace(tile, chunk=tile.chunk // 2)
+    while shared_bytes(tile, bits, tokens) > SHARED:
+        tile = replace(tile, stages=tile.stages - 1)
+    return tile
+
+
+def shared_bytes(tile: Tile, bits: int, tokens: int) -> int:
+    """What the copies take: rows of a weight, NVFP4 scales, and tokens, of which a single one is not padded."""
+    columns = tile.chunk * 8 // bits
+    padded = 1 if tokens == 1 else 8 if tokens <= 8 else 16
+    scales = tile.rows * columns // 16 if bits == 4 else 0
+    return (tile.stages - 1) * tile.slots * (tile.rows * tile.chunk + scales + 2 * padded * columns)

@@ -35,7 +35,8 @@ def test_unknown_names_are_told_with_the_known_ones(choices: dict[str, str], wor
 @pytest.fixture
 def fast_router(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second backend for one op, which needs a GPU."""
-    backends = {**BACKENDS, "router": {"fast": "nanoserve.kernels.linear:relu2", **BACKENDS["router"]}}
+    fast_first = {"fast": "nanoserve.kernels.linear:relu2", "torch": BACKENDS["router"]["torch"]}
+    backends = {**BACKENDS, "router": fast_first}
     monkeypatch.setattr(table, "BACKENDS", backends)
 
     def needs_gpu(device: torch.device) -> str | None:
@@ -69,3 +70,28 @@ def test_linear_takes_the_op_of_the_weights_format() -> None:
     weight = Plain(torch.randn(3, 4))
     x = torch.randn(2, 4)
     torch.testing.assert_close(ops.linear(x, weight), x @ weight.data.T)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "reason"),
+    [
+        ((9, 0), True, None),
+        ((12, 1), True, None),
+        ((8, 9), True, "8.9"),
+        ((10, 0), True, "9.0 or 12.x"),
+        ((12, 0), False, "triton package"),
+    ],
+)
+def test_triton_needs_a_chip_that_its_kernels_were_made_for(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: bool, reason: str | None
+) -> None:
+    assert table.REQUIREMENTS["triton"](CPU) == "needs an NVIDIA GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(table, "find_spec", lambda name: object() if installed else None)
+    found = table.REQUIREMENTS["triton"](torch.device("cuda"))
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_torch_stands_first_until_a_card_has_shown_the_kernels_right() -> None:
+    assert all(next(iter(backends)) == "torch" for backends in BACKENDS.values())
