@@ -45,7 +45,7 @@ class MoeWeights:
         up, down: stacks [E, I, L] and [E, L, I].
         shared_up, shared_down: of the shared expert, [S, H] and [H, S].
         latent_in, latent_out: [L, H] and [H, L], around the routed experts where L is not H.
-        tickets: int32 [1], as of `Norm`.
+        tickets: int32 [1 + `tickets`], as of `Norm`.
     """
 
     gate: Tensor
@@ -60,6 +60,11 @@ class MoeWeights:
     latent_in: Weight | None
     latent_out: Weight | None
     tickets: Tensor
+
+
+def tickets(size: int) -> int:
+    """How many of them `moe_add_norm` counts with: one for each of 16 tokens and block of 16 rows."""
+    return size + 16
 
 
 def linears(x: Tensor, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:

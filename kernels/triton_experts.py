@@ -21,7 +21,7 @@ from nanoserve.kernels.triton_linear import (
     stored,
 )
 from nanoserve.kernels.triton_moe import choose_kernel, down_kernel, front_kernel, gate_kernel, up_kernel
-from nanoserve.kernels.weight_tiles import Tile, tile_of
+from nanoserve.kernels.weight_tiles import Cut, Tile, tile_of
 
 GATE_ROWS = 4
 """Experts a program of the router: its weight is small, and many programs read it sooner."""
@@ -60,30 +60,32 @@ def router(
     return ids, weights
 
 
-def experts(x: Tensor, ids: Tensor, weights: Tensor, up: Weight, down: Weight) -> Tensor:
+def experts(x: Tensor, ids: Tensor, weights: Tensor, up: Weight, down: Weight, *, cut: Cut = tile_of) -> Tensor:
     """`nanoserve.kernels.moe.experts`, in two launches."""
     x = checked(x)
-    hidden = _up(x, ids, up)
+    hidden = _up(x, ids, up, cut)
     tickets = torch.zeros(len(x) * len(down.data[0]), dtype=torch.int32, device=x.device)
-    return _down(hidden, ids, weights, down, torch.empty_like(x), tickets)
+    return _down(hidden, ids, weights, down, torch.empty_like(x), tickets, cut)
 
 
-def moe_add_norm(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+def moe_add_norm(
+    x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm, *, cut: Cut = tile_of
+) -> tuple[Tensor, Tensor]:
     """`nanoserve.kernels.fused.moe_add_norm`; of equal scores the lower expert's number is taken first."""
     if len(x) > FEW:
         return fused.moe_add_norm(x, w, stream, norm)
     x = checked(x)
-    ids, weights, shared, narrow = _front(x, w)
-    hidden = _up(narrow, ids, w.up)
+    ids, weights, shared, narrow = _front(x, w, cut)
+    hidden = _up(narrow, ids, w.up, cut)
     if w.latent_out:
-        routed = _down(hidden, ids, weights, w.down, torch.empty_like(narrow), w.tickets[1:])
-        return linears_add_norm(routed, w.latent_out, shared, w.shared_down, stream, norm)
+        routed = _down(hidden, ids, weights, w.down, torch.empty_like(narrow), w.tickets[1:], cut)
+        return linears_add_norm(routed, w.latent_out, shared, w.shared_down, stream, norm, cut=cut)
     normed = torch.empty_like(stream)
     new = _down(
-        hidden, ids, weights, w.down, torch.empty_like(stream), w.tickets[1:],
+        hidden, ids, weights, w.down, torch.empty_like(stream), w.tickets[1:], cut,
         shared=(shared, w.shared_down), tail=(stream, norm, normed),
     )  # fmt: skip
-    if not _down_tile(w.down, w.top_k, x.device).fused:
+    if not _down_tile(w.down, w.top_k, x.device, cut).fused:
         return add_norm(new, None, norm.weight, norm.eps)
     return new, normed
 
@@ -93,7 +95,7 @@ def _choice(x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return ids, torch.empty((len(x), top_k), device=x.device)
 
 
-def _front(x: Tensor, w: MoeWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _front(x: Tensor, w: MoeWeights, cut: Cut) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(ids, weights, the shared expert's hidden values, what the experts read)."""
     shared, count = stored(w.shared_up), len(w.gate)
     latent = stored(w.latent_in) if w.latent_in else shared
@@ -101,7 +103,7 @@ def _front(x: Tensor, w: MoeWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = torch.empty((len(x), count), device=x.device)
     hidden = torch.empty((len(x), shared.rows), dtype=x.dtype, device=x.device)
     narrow = torch.empty((len(x), latent.rows), dtype=x.dtype, device=x.device) if w.latent_in else x
-    tile = tile_of(shared.bits, shared.rows, shared.columns, x.device, tokens=len(x))
+    tile = cut(shared.bits, shared.rows, shared.columns, x.device, tokens=len(x))
     programs = blocks(count, GATE_ROWS) + blocks(shared.rows, tile.rows)
     programs += blocks(latent.rows, tile.rows) if w.latent_in else 0
     launch(
@@ -117,10 +119,10 @@ def _front(x: Tensor, w: MoeWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ids, weights, hidden, narrow
 
 
-def _up(x: Tensor, ids: Tensor, up: Weight) -> Tensor:
+def _up(x: Tensor, ids: Tensor, up: Weight, cut: Cut) -> Tensor:
     """Hidden values of the chosen experts [T * k, I]."""
     view, pairs = stored(up), ids.numel()
-    tile = tile_of(view.bits, view.rows, view.columns, x.device, copies=ids.shape[1])
+    tile = cut(view.bits, view.rows, view.columns, x.device, copies=ids.shape[1])
     hidden = torch.empty((pairs, view.rows), dtype=x.dtype, device=x.device)
     launch(
         up_kernel, (blocks(view.rows, tile.rows), pairs),
@@ -137,12 +139,13 @@ def _down(
     down: Weight,
     out: Tensor,
     tickets: Tensor,
+    cut: Cut,
     *,
     shared: tuple[Tensor, Weight] | None = None,
     tail: tuple[Tensor, Norm, Tensor] | None = None,
 ) -> Tensor:
     view, top_k = stored(down), ids.shape[1]
-    tile = _down_tile(down, top_k, out.device)
+    tile = _down_tile(down, top_k, out.device, cut)
     x2, second = (shared[0], stored(shared[1])) if shared else (hidden, view)
     stream, normed = (tail[0], tail[2]) if tail else (out, out)
     norm = tail[1] if tail else Norm(weights, 0.0, tickets)
@@ -160,6 +163,6 @@ def _down(
     return out
 
 
-def _down_tile(down: Weight, top_k: int, device: torch.device) -> Tile:
+def _down_tile(down: Weight, top_k: int, device: torch.device, cut: Cut) -> Tile:
     view = stored(down)
-    return tile_of(view.bits, view.rows, view.columns, device, copies=top_k)
+    return cut(view.bits, view.rows, view.columns, device, copies=top_k)

@@ -12,7 +12,7 @@ from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight, relu2
 from nanoserve.kernels.triton_gemm import gemm_kernel
 from nanoserve.kernels.triton_skinny import linears_kernel
 from nanoserve.kernels.triton_stream import add_norm_kernel, linear_add_norm_kernel
-from nanoserve.kernels.weight_tiles import Tile, gemm_tile, tile_of
+from nanoserve.kernels.weight_tiles import Cut, Tile, gemm_tile, tile_of
 
 FEW = 16
 """Up to so many tokens a product is bound by reading its weight."""
@@ -126,7 +126,12 @@ def linears(x: Tensor, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:
 
 
 def products(
-    x: Tensor, weights: tuple[Weight, ...], dtype: torch.dtype, *, squared: bool = False
+    x: Tensor,
+    weights: tuple[Weight, ...],
+    dtype: torch.dtype,
+    *,
+    squared: bool = False,
+    cut: Cut = tile_of,
 ) -> tuple[Tensor, ...]:
     """Products x @ w.T in a type of choice; relu2 of it with ``squared``, for a single weight and few tokens."""
     x = checked(x)
@@ -136,7 +141,7 @@ def products(
     outs = tuple(torch.empty((len(x), view.rows), dtype=dtype, device=x.device) for view in views)
     first, missing = views[0], WEIGHTS - len(views)
     rows = sum(view.rows for view in views)
-    tile = tile_of(first.bits, rows, first.columns, x.device, tokens=len(x))
+    tile = cut(first.bits, rows, first.columns, x.device, tokens=len(x))
     arguments: list[Any] = []
     for view, out in zip(views, outs, strict=True):
         arguments += [*view.tensors, out, view.rows]
@@ -193,7 +198,14 @@ def mlp_add_norm(x: Tensor, up: Weight, down: Weight, stream: Tensor, norm: Norm
 
 
 def linears_add_norm(
-    x: Tensor, weight: Weight, x2: Tensor | None, weight2: Weight | None, stream: Tensor, norm: Norm
+    x: Tensor,
+    weight: Weight,
+    x2: Tensor | None,
+    weight2: Weight | None,
+    stream: Tensor,
+    norm: Norm,
+    *,
+    cut: Cut = tile_of,
 ) -> tuple[Tensor, Tensor]:
     """add_norm(stream, linear(x, weight) + linear(x2, weight2)); without the second product where it is None."""
     if len(x) > FEW:
@@ -202,7 +214,7 @@ def linears_add_norm(
         return add_norm(stream, delta, norm.weight, norm.eps)
     x, first = checked(x), stored(weight)
     second = stored(weight2) if weight2 else first
-    tile = tile_of(first.bits, first.rows, first.columns, x.device, tokens=len(x))
+    tile = cut(first.bits, first.rows, first.columns, x.device, tokens=len(x))
     new, normed = torch.empty_like(stream), torch.empty_like(stream)
     launch(
         linear_add_norm_kernel, (blocks(first.rows, tile.rows),),

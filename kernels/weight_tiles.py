@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -65,20 +66,39 @@ TUNED: Mapping[tuple[int, int], Mapping[tuple[int, int, int], Tile]] = {(9, 0): 
 Spark 12.1. tests/gpu_matvec.py measures them."""
 
 
-def tile_of(bits: int, rows: int, columns: int, device: torch.device, *, tokens: int = 1, copies: int = 1) -> Tile:
-    """The tile of a weight on a device.
+class Cut(Protocol):
+    """Says how a weight is cut."""
 
-    Args:
-        bits: of a weight.
-        rows: of it.
-        columns: of it.
-        device: a CPU (Triton's interpreter) and the meta device have no tuned tiles.
-        tokens: that meet it in a launch.
-        copies: how many such weights one launch reads, the experts.
-    """
-    chip = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    tuned = TUNED.get(chip, {}) if chip else {}
-    return fitted(tuned.get((bits, rows, columns)) or untuned(bits, rows, columns, copies), bits, tokens)
+    def __call__(
+        self, bits: int, rows: int, columns: int, device: torch.device, *, tokens: int = 1, copies: int = 1
+    ) -> Tile:
+        """The tile of a weight.
+
+        Args:
+            bits: of a weight.
+            rows: of it.
+            columns: of it.
+            device: where it is.
+            tokens: that meet it in a launch.
+            copies: how many such weights one launch reads, the experts.
+        """
+        ...
+
+
+def tile_of(bits: int, rows: int, columns: int, device: torch.device, *, tokens: int = 1, copies: int = 1) -> Tile:
+    """The `Cut` of the device's chip; a CPU (Triton's interpreter) and the meta device have no tuned tiles."""
+    chip = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return tiles_for(chip)(bits, rows, columns, device, tokens=tokens, copies=copies)
+
+
+def tiles_for(chip: tuple[int, int]) -> Cut:
+    """The `Cut` of a chip that need not be here."""
+
+    def cut(bits: int, rows: int, columns: int, device: torch.device, *, tokens: int = 1, copies: int = 1) -> Tile:
+        tuned = TUNED.get(chip, {}).get((bits, rows, columns))
+        return fitted(tuned or untuned(bits, rows, columns, copies), bits, tokens)
+
+    return cut
 
 
 def untuned(bits: int, rows: int, columns: int, copies: int) -> Tile:

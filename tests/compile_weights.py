@@ -1,0 +1,38 @@
+"""Compiles the weight-reading kernels at released shapes for a chip that need not be here; a JSON line a kernel.
+
+    python tests/compile_weights.py sm_120 nano,super 1 8      # architecture, shapes, numbers of tokens
+
+A program of its own, for Triton's interpreter and its compiler do not go together in one.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+
+import aot
+
+from nanoserve.kernels.weight_launches import SHAPES, launches
+from nanoserve.kernels.weight_tiles import tiles_for
+
+CHIPS = {"sm_90": (9, 0), "sm_120": (12, 0), "sm_121": (12, 1)}
+
+
+def main() -> None:
+    architecture, names, counts = sys.argv[1], sys.argv[2].split(","), [int(count) for count in sys.argv[3:]]
+    cut = tiles_for(CHIPS[architecture])
+    for name in names:
+        for tokens in counts:
+            for what, call in launches(SHAPES[name], tokens, cut):
+                with aot.recorded() as recorded:
+                    call()
+                for launch in recorded:
+                    row = asdict(launch.compiled(architecture))
+                    ptx = row.pop("ptx")
+                    row |= {"shape": name, "op": what, "tokens": tokens, "grid": launch.grid}
+                    row |= {"options": {k: v for k, v in launch.arguments.items() if k in ("CHUNK", "SLOTS")}}
+                    early = ptx.find("griddepcontrol.wait"), ptx.find("cp.async.bulk.prefetch")
+                    print(json.dumps({**row, "fetches_before_it_waits": 0 <= early[1] < early[0]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
