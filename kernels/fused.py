@@ -13,6 +13,9 @@ from nanoserve.kernels.moe import experts
 from nanoserve.kernels.norm import add_norm
 from nanoserve.kernels.router import router
 
+GATE_TICKETS = 16
+"""The router counts with the first of so many: those behind them stay aligned."""
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
@@ -45,7 +48,7 @@ class MoeWeights:
         up, down: stacks [E, I, L] and [E, L, I].
         shared_up, shared_down: of the shared expert, [S, H] and [H, S].
         latent_in, latent_out: [L, H] and [H, L], around the routed experts where L is not H.
-        tickets: int32 [1 + `tickets`], as of `Norm`.
+        tickets: int32 [`tickets`], as of `Norm`.
     """
 
     gate: Tensor
@@ -63,8 +66,8 @@ class MoeWeights:
 
 
 def tickets(size: int) -> int:
-    """How many of them `moe_add_norm` counts with: one for each of 16 tokens and block of 16 rows."""
-    return size + 16
+    """How many `MoeWeights` needs: `GATE_TICKETS`, and one for each of 16 tokens and block of 16 rows."""
+    return GATE_TICKETS + size + 16
 
 
 def linears(x: Tensor, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nanoserve.kernels import fused
-from nanoserve.kernels.fused import MoeWeights, Norm
+from nanoserve.kernels.fused import GATE_TICKETS, MoeWeights, Norm
 from nanoserve.kernels.linear import Weight
 from nanoserve.kernels.router import router as reference_router
 from nanoserve.kernels.triton_linear import (
@@ -35,7 +35,7 @@ def router(
         return reference_router(x, gate, bias, top_k, scale, normalize)
     x, experts = checked(x), len(gate)
     logits = torch.empty((len(x), experts), device=x.device)
-    ids, weights = _choice(x, top_k)
+    ids, weights = _room(x, top_k)
     early = dependent(x.device)
     launch(
         gate_kernel,
@@ -63,9 +63,9 @@ def router(
 def experts(x: Tensor, ids: Tensor, weights: Tensor, up: Weight, down: Weight, *, cut: Cut = tile_of) -> Tensor:
     """`nanoserve.kernels.moe.experts`, in two launches."""
     x = checked(x)
-    hidden = _up(x, ids, up, cut)
+    hidden = up_products(x, ids, up, cut)
     tickets = torch.zeros(len(x) * len(down.data[0]), dtype=torch.int32, device=x.device)
-    return _down(hidden, ids, weights, down, torch.empty_like(x), tickets, cut)
+    return down_products(hidden, ids, weights, down, torch.empty_like(x), tickets, cut)
 
 
 def moe_add_norm(
@@ -75,14 +75,16 @@ def moe_add_norm(
     if len(x) > FEW:
         return fused.moe_add_norm(x, w, stream, norm)
     x = checked(x)
-    ids, weights, shared, narrow = _front(x, w, cut)
-    hidden = _up(narrow, ids, w.up, cut)
+    ids, weights, shared, narrow = front(x, w, cut)
+    hidden = up_products(narrow, ids, w.up, cut)
     if w.latent_out:
-        routed = _down(hidden, ids, weights, w.down, torch.empty_like(narrow), w.tickets[1:], cut)
+        routed = down_products(
+            hidden, ids, weights, w.down, torch.empty_like(narrow), w.tickets[GATE_TICKETS:], cut
+        )
         return linears_add_norm(routed, w.latent_out, shared, w.shared_down, stream, norm, cut=cut)
     normed = torch.empty_like(stream)
-    new = _down(
-        hidden, ids, weights, w.down, torch.empty_like(stream), w.tickets[1:], cut,
+    new = down_products(
+        hidden, ids, weights, w.down, torch.empty_like(stream), w.tickets[GATE_TICKETS:], cut,
         shared=(shared, w.shared_down), tail=(stream, norm, normed),
     )  # fmt: skip
     if not _down_tile(w.down, w.top_k, x.device, cut).fused:
@@ -90,16 +92,16 @@ def moe_add_norm(
     return new, normed
 
 
-def _choice(x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _room(x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     ids = torch.empty((len(x), top_k), dtype=torch.int32, device=x.device)
     return ids, torch.empty((len(x), top_k), device=x.device)
 
 
-def _front(x: Tensor, w: MoeWeights, cut: Cut) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def front(x: Tensor, w: MoeWeights, cut: Cut) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(ids, weights, the shared expert's hidden values, what the experts read)."""
     shared, count = stored(w.shared_up), len(w.gate)
     latent = stored(w.latent_in) if w.latent_in else shared
-    ids, weights = _choice(x, w.top_k)
+    ids, weights = _room(x, w.top_k)
     logits = torch.empty((len(x), count), device=x.device)
     hidden = torch.empty((len(x), shared.rows), dtype=x.dtype, device=x.device)
     narrow = torch.empty((len(x), latent.rows), dtype=x.dtype, device=x.device) if w.latent_in else x
@@ -119,7 +121,7 @@ def _front(x: Tensor, w: MoeWeights, cut: Cut) -> tuple[Tensor, Tensor, Tensor, 
     return ids, weights, hidden, narrow
 
 
-def _up(x: Tensor, ids: Tensor, up: Weight, cut: Cut) -> Tensor:
+def up_products(x: Tensor, ids: Tensor, up: Weight, cut: Cut) -> Tensor:
     """Hidden values of the chosen experts [T * k, I]."""
     view, pairs = stored(up), ids.numel()
     tile = cut(view.bits, view.rows, view.columns, x.device, copies=ids.shape[1])
@@ -132,7 +134,7 @@ def _up(x: Tensor, ids: Tensor, up: Weight, cut: Cut) -> Tensor:
     return hidden
 
 
-def _down(
+def down_products(
     hidden: Tensor,
     ids: Tensor,
     weights: Tensor,
@@ -144,6 +146,11 @@ def _down(
     shared: tuple[Tensor, Weight] | None = None,
     tail: tuple[Tensor, Norm, Tensor] | None = None,
 ) -> Tensor:
+    """The experts' weighted sum into ``out`` [T, rows]; with a shared expert, also what ends a layer.
+
+    ``shared`` is its (hidden values, second weight); ``tail`` is (residual stream, norm, where that goes), and
+    ``out`` is then the new stream.
+    """
     view, top_k = stored(down), ids.shape[1]
     tile = _down_tile(down, top_k, out.device, cut)
     x2, second = (shared[0], stored(shared[1])) if shared else (hidden, view)

@@ -98,7 +98,7 @@ def moe(s: Shape) -> MoeWeights:
         shared_down=weight(s.shared_bits, s.hidden, s.shared),
         latent_in=weight(16, s.latent, s.hidden) if s.latent else None,
         latent_out=weight(16, s.hidden, s.latent) if s.latent else None,
-        tickets=empty(1 + tickets(s.hidden), dtype=torch.int32),
+        tickets=empty(tickets(s.hidden), dtype=torch.int32),
     )
 
 

@@ -86,11 +86,19 @@ def test_triton_needs_a_chip_that_its_kernels_were_made_for(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: bool, reason: str | None
 ) -> None:
     assert table.REQUIREMENTS["triton"](CPU) == "needs an NVIDIA GPU"
+
+
+    def has(device: torch.device) -> tuple[int, int]:
+        return capability
+
+    def found(name: str) -> object | None:
+        return name if installed else None
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(table, "find_spec", lambda name: object() if installed else None)
-    found = table.REQUIREMENTS["triton"](torch.device("cuda"))
-    assert found is None if reason is None else reason in str(found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", has)
+    monkeypatch.setattr(table, "find_spec", found)
+    told = table.REQUIREMENTS["triton"](torch.device("cuda"))
+    assert told is None if reason is None else reason in str(told)
 
 
 def test_torch_stands_first_until_a_card_has_shown_the_kernels_right() -> None:

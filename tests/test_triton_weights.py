@@ -154,7 +154,7 @@ def moe_case(count: int, shared: str, latent: int | None) -> tuple[Tensor, MoeWe
         shared_down=weight(shared, hidden, 80),
         latent_in=weight("bf16", latent, hidden) if latent else None,
         latent_out=weight("fp8", hidden, latent) if latent else None,
-        tickets=torch.zeros(1 + fused.tickets(hidden), dtype=torch.int32),
+        tickets=torch.zeros(fused.tickets(hidden), dtype=torch.int32),
     )
     after = Norm.of(1 + 0.1 * torch.randn(hidden), 1e-5)
     return tokens(count, hidden), weights, tokens(count, hidden), after
