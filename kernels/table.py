@@ -16,6 +16,8 @@ from nanoserve.errors import BackendError
 from nanoserve.kernels.attention import LayerKV
 from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
+from nanoserve.kernels.mamba import MambaState, MambaWeights
+from nanoserve.kernels.sample import SamplerState
 from nanoserve.kernels.ssm import SsmWeights
 
 BACKENDS: Mapping[str, Mapping[str, str]] = {
@@ -59,12 +61,20 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
         "triton": "nanoserve.kernels.triton_experts:moe_add_norm",
     },
     "conv_prefill": {"torch": "nanoserve.kernels.conv:conv"},
-    "conv_decode": {"torch": "nanoserve.kernels.conv:conv"},
     "ssm_prefill": {"torch": "nanoserve.kernels.ssm:ssm_scan"},
-    "ssm_decode": {"torch": "nanoserve.kernels.ssm:ssm_step"},
-    "kv_append": {"torch": "nanoserve.kernels.attention:kv_append"},
+    "mamba_decode": {
+        "torch": "nanoserve.kernels.mamba:mamba_decode",
+        "triton": "nanoserve.kernels.triton_mamba:mamba_decode",
+    },
+    "kv_append": {
+        "torch": "nanoserve.kernels.attention:kv_append",
+        "triton": "nanoserve.kernels.triton_attention:kv_append",
+    },
     "attention_prefill": {"torch": "nanoserve.kernels.attention:attention"},
-    "attention_decode": {"torch": "nanoserve.kernels.attention:attention"},
+    "attention_decode": {
+        "torch": "nanoserve.kernels.attention:attention",
+        "triton": "nanoserve.kernels.triton_attention:attention_decode",
+    },
     "router": {
         "torch": "nanoserve.kernels.router:router",
         "triton": "nanoserve.kernels.triton_experts:router",
@@ -74,7 +84,19 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
         "torch": "nanoserve.kernels.moe:experts",
         "triton": "nanoserve.kernels.triton_experts:experts",
     },
-    "sample": {"torch": "nanoserve.kernels.sample:sample"},
+    "sample": {
+        "torch": "nanoserve.kernels.sample:sample",
+        "triton": "nanoserve.kernels.triton_sample:sample",
+    },
+}
+
+HOST_BOUND: Mapping[tuple[str, str], str] = {
+    # (op, backend) of a decode step that no CUDA graph can hold: why not.
+    ("linear_nvfp4", "torch"): "copies the table of codes from the host",
+    ("head", "torch"): "copies the table of codes from the host",
+    ("attention_decode", "torch"): "asks how long the context is",
+    ("experts_decode", "torch"): "asks which experts were chosen",
+    ("sample", "torch"): "takes the request's numbers from the host",
 }
 
 Requirement = Callable[[torch.device], str | None]
@@ -124,16 +146,15 @@ class Ops:
     mlp_add_norm: Callable[[Tensor, Weight, Weight, Tensor, Norm], tuple[Tensor, Tensor]]
     moe_add_norm: Callable[[Tensor, MoeWeights, Tensor, Norm], tuple[Tensor, Tensor]]
     conv_prefill: Conv
-    conv_decode: Conv
     ssm_prefill: Callable[[Tensor, Tensor, Tensor, Tensor, SsmWeights, Tensor, int], Tensor]
-    ssm_decode: Callable[[Tensor, Tensor, Tensor, Tensor, SsmWeights, Tensor], Tensor]
+    mamba_decode: Callable[[Tensor, MambaWeights, MambaState], Tensor]
     kv_append: Callable[[Tensor, Tensor, LayerKV, Tensor, Tensor], None]
     attention_prefill: Attend
     attention_decode: Attend
     router: Callable[[Tensor, Tensor, Tensor, int, float, bool], tuple[Tensor, Tensor]]
     experts_prefill: Experts
     experts_decode: Experts
-    sample: Callable[..., Tensor]
+    sample: Callable[[Tensor, SamplerState, Tensor], None]
     report: tuple[Resolution, ...]
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
@@ -195,6 +216,13 @@ def _resolve(op: str, device: torch.device, choice: str | None) -> Resolution:
     if choice not in able:
         raise BackendError(f"op {op}: {choice} cannot run: {reasons[choice]}; able: {', '.join(able)}")
     return Resolution(op, choice, "chosen by name", rejected)
+
+
+def backends(op: str, device: torch.device) -> tuple[dict[str, Callable[..., Any]], tuple[tuple[str, str], ...]]:
+    """An op's backends that can run on a device, best first, and the others with their reasons."""
+    reasons = {name: REQUIREMENTS[name](device) for name in BACKENDS[op]}
+    able = {name: _function(BACKENDS[op][name]) for name, reason in reasons.items() if reason is None}
+    return able, tuple((name, reason) for name, reason in reasons.items() if reason is not None)
 
 
 def _function(target: str) -> Callable[..., Any]:

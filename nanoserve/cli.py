@@ -1,4 +1,4 @@
-"""``nanoserve run | chat | generate | inspect | eval``: the composition root, which reads like the flow."""
+"""``nanoserve run | chat | generate | inspect | eval | bench``: the composition root; it reads like the flow."""
 
 import argparse
 import io
@@ -13,7 +13,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, get_args
 
 from nanoserve import __version__
+from nanoserve.bench_options import add_bench_options
 from nanoserve.config import (
+    DecodeChoice,
     DeviceChoice,
     DtypeChoice,
     EngineConfig,
@@ -144,6 +146,7 @@ def _announce(prepared: "Prepared", has_tokenizer: bool) -> None:
         _say(f"  {purpose:<16} {amount}")
     for line in describe(prepared.ops.report):
         _say(f"  ops              {line}")
+    _say(f"  decode steps     {prepared.decode}")
     if (threads := cpu_threads(prepared)) is not None:
         _say(f"  CPU threads      {threads} (the fastest for a small model; OMP_NUM_THREADS is heard)")
     if prepared.manifest.skipped_mtp:
@@ -239,6 +242,13 @@ def _eval(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from nanoserve.bench_command import run_bench
+
+    with _leaving_at_once(*_ENDING):
+        return run_bench(options, _sections(options)[0], _announce)
+
+
 def _sections(options: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
     """Both config sections out of command line, environment and TOML."""
     toml = read_toml(options.config) if options.config else {}
@@ -276,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="nanoserve", description="One Nemotron-H model, one GPU, one stream of tokens."
     )
     parser.add_argument("--version", action="version", version=f"nanoserve {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="run | chat | generate | inspect | eval")
+    commands = parser.add_subparsers(required=True, metavar="run | chat | generate | inspect | eval | bench")
 
     run = commands.add_parser("run", help="serve a checkpoint over HTTP")
     _model_argument(run)
@@ -318,6 +328,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(command=_inspect)
 
     _eval_options(commands.add_parser("eval", help="how many questions a model answers rightly, side by side"))
+
+    bench = commands.add_parser("bench", help="speed at batch 1, against the time that the memory's bus takes")
+    _model_argument(bench)
+    _engine_options(bench)
+    add_bench_options(bench)
+    bench.set_defaults(command=_bench)
     return parser
 
 
@@ -357,7 +373,12 @@ def _model_argument(parser: argparse.ArgumentParser, text: str = "checkpoint dir
 
 
 def _engine_options(parser: argparse.ArgumentParser) -> None:
-    choices: Mapping[str, Any] = {"device": DeviceChoice, "dtype": DtypeChoice, "kv-dtype": KvDtypeChoice}
+    choices: Mapping[str, Any] = {
+        "device": DeviceChoice,
+        "dtype": DtypeChoice,
+        "kv-dtype": KvDtypeChoice,
+        "decode": DecodeChoice,
+    }
     for name, kind in choices.items():
         parser.add_argument(f"--{name}", choices=get_args(kind), help="default auto")
     parser.add_argument("--max-context", type=int, help="tokens of prompt and answer (default: what fits)")
