@@ -32,6 +32,8 @@ ANSWERS = {
     # What the last turn has in it, and the answer to that.
     "<tool_response>": "I have the result.\n</think>\nThe temperature is 21 and the sky is sunny.",
     "weather in Oslo": CALL,
+    "Keep the person": "I call Person.\n</think>\n<tool_call>\n<function=Person>\n<parameter=name>\nAnna\n"
+    "</parameter>\n<parameter=age>\n31\n</parameter>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>",
     "JSON": 'The fields are name, age, city.\n</think>\n{"name": "Anna", "age": 31, "city": "Oslo"}',
     "hello": "A greeting.\n</think>\nHello! I am a small demonstration model. How can I help?",
 }

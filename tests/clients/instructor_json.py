@@ -1,4 +1,4 @@
-"""instructor, in the modes that force nothing: JSON asked for in the prompt. Argument: the server's URL."""
+"""instructor in its modes: a forced call, response_format, and JSON asked for in the prompt. Argument: the URL."""
 # pyright: basic, reportMissingImports=false
 
 import json
@@ -24,9 +24,14 @@ def main() -> None:
     model = client.models.list().data[0].id
     text = f"This is about Anna. Anna is 31 years old. Anna lives in Oslo.\n\n{ASK}"
     asked = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_retries": 1}
-    mode = getattr(instructor.Mode, sys.argv[2] if len(sys.argv) > 2 else "MD_JSON")
-    person = instructor.from_openai(client, mode=mode).chat.completions.create(response_model=Person, **asked)
-    assert person.model_dump() == {"name": "Anna", "age": 31, "city": "Oslo"}, person
+    for mode in (instructor.Mode.MD_JSON, instructor.Mode.JSON, instructor.Mode.JSON_SCHEMA):
+        person = instructor.from_openai(client, mode=mode).chat.completions.create(response_model=Person, **asked)
+        assert person.model_dump() == {"name": "Anna", "age": 31, "city": "Oslo"}, (mode, person)
+    # Which name it finds is the model's affair: the demonstration model was not trained on calls for such texts.
+    asked["messages"] = [{"role": "user", "content": "Keep the person Anna with age 31 and city Oslo."}]
+    caller = instructor.from_openai(client, mode=instructor.Mode.TOOLS)
+    person = caller.chat.completions.create(response_model=Person, **asked)
+    assert (person.age, person.city) == (31, "Oslo"), person
 
 
 main()

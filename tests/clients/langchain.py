@@ -1,6 +1,7 @@
 """langchain-openai: text, streams, tools bound to the model. Argument: the server's URL."""
 # pyright: basic, reportMissingImports=false
 
+import json
 import sys
 from typing import Any
 
@@ -8,9 +9,12 @@ from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 from openai import OpenAI as Client
+from pydantic import BaseModel
 
 URL = sys.argv[1] + "/v1"
 MODEL = Client(base_url=URL, api_key="none").models.list().data[0].id
+KINDS = {"name": {"type": "string"}, "age": {"type": "integer"}, "city": {"type": "string"}}
+ASK = json.dumps({"type": "object", "properties": KINDS, "required": list(KINDS)})
 QUESTION = HumanMessage("What is the weather in Oslo?")
 
 
@@ -54,11 +58,29 @@ def check_tools(chat: ChatOpenAI, streamed: bool) -> None:
     assert "sunny" in told.text
 
 
+class Person(BaseModel):
+    """A person."""
+
+    name: str
+    age: int
+    city: str
+
+
+def check_schema(chat: ChatOpenAI) -> None:
+    text = (
+        f"This is about Anna. Anna is 31 years old. Anna lives in Oslo.\n\nAnswer as JSON for this schema: {ASK}"
+    )
+    for method in ("json_schema", "json_mode"):
+        person = chat.with_structured_output(Person, method=method).invoke(text)
+        assert person == Person(name="Anna", age=31, city="Oslo"), (method, person)
+
+
 def main() -> None:
     chat = ChatOpenAI(base_url=URL, api_key="none", model=MODEL, temperature=0, max_retries=0, stream_usage=True)
     check_text(chat)
     check_tools(chat, streamed=False)
     check_tools(chat, streamed=True)
+    check_schema(chat)
     text = OpenAI(base_url=URL, api_key="none", model=MODEL, max_tokens=4, max_retries=0)
     assert text.invoke("hello")
     assert "".join(text.stream("hello"))

@@ -2,14 +2,25 @@
 # pyright: basic, reportMissingImports=false
 
 import asyncio
+import json
 import sys
 
 from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, Runner, function_tool, set_tracing_disabled
 from openai import AsyncOpenAI
 from openai.types.responses import ResponseTextDeltaEvent
+from pydantic import BaseModel
 
 QUESTION = "What is the weather in Oslo?"
+ABOUT = "This is about Anna. Anna is 31 years old. Anna lives in Oslo.\n\nAnswer as JSON for this schema: "
+KINDS = {"name": {"type": "string"}, "age": {"type": "integer"}, "city": {"type": "string"}}
+ABOUT += json.dumps({"type": "object", "properties": KINDS, "required": list(KINDS)})
 cities: list[str] = []
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+    city: str
 
 
 @function_tool
@@ -34,6 +45,9 @@ async def main() -> None:
     # A further turn, with all that came before: calls, results and reasoning.
     again = await Runner.run(agent, [*done.to_input_list(), {"role": "user", "content": QUESTION}])
     assert again.final_output
+    reader = Agent(name="Reader", output_type=Person, model=model, model_settings=settings)
+    read = await Runner.run(reader, ABOUT)
+    assert read.final_output == Person(name="Anna", age=31, city="Oslo"), read
     stream = Runner.run_streamed(agent, QUESTION)
     pieces = [
         event.data.delta

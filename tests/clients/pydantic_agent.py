@@ -2,16 +2,27 @@
 # pyright: basic, reportMissingImports=false
 
 import asyncio
+import json
 import sys
 
 from openai import AsyncOpenAI
-from pydantic_ai import Agent
+from pydantic import BaseModel
+from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.messages import ThinkingPart
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 QUESTION = "What is the weather in Oslo?"
+ABOUT = "This is about Anna. Anna is 31 years old. Anna lives in Oslo.\n\nAnswer as JSON for this schema: "
+KINDS = {"name": {"type": "string"}, "age": {"type": "integer"}, "city": {"type": "string"}}
+ABOUT += json.dumps({"type": "object", "properties": KINDS, "required": list(KINDS)})
 cities: list[str] = []
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+    city: str
 
 
 def get_weather(city: str) -> dict[str, object]:
@@ -39,6 +50,9 @@ async def main() -> None:
     assert "sunny" in done.output
     # A further turn, with all that came before: calls, results and reasoning.
     assert (await agent.run(QUESTION, message_history=done.all_messages())).output
+    reader = Agent(model, output_type=NativeOutput(Person), model_settings={"temperature": 0})
+    read = await reader.run(ABOUT)
+    assert read.output == Person(name="Anna", age=31, city="Oslo"), read
     async with agent.run_stream(QUESTION) as stream:
         assert await stream.get_output() == done.output
     assert len(cities) >= 2
