@@ -87,7 +87,6 @@ def test_triton_needs_a_chip_that_its_kernels_were_made_for(
 ) -> None:
     assert table.REQUIREMENTS["triton"](CPU) == "needs an NVIDIA GPU"
 
-
     def has(device: torch.device) -> tuple[int, int]:
         return capability
 
