@@ -14,7 +14,7 @@ from nanoserve.kernels.norm import add_norm
 from nanoserve.kernels.router import router
 
 GATE_TICKETS = 16
-"""The router counts with the first of so many: those behind them stay aligned."""
+"""What counts all programs takes the first of so many, and a block of rows one behind them, which stay aligned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Norm:
     Attributes:
         weight: float32 [H].
         eps: added to the mean square.
-        tickets: int32 [1], zero between launches: a kernel's programs count themselves here, so that the last one
-            can do what needs all of them.
+        tickets: int32 [`tickets`], zero between launches: a kernel's programs count themselves here, so that the
+            last one can do what needs all of them.
     """
 
     weight: Tensor
@@ -35,7 +35,8 @@ class Norm:
     @classmethod
     def of(cls, weight: Tensor, eps: float) -> "Norm":
         """With tickets of its own."""
-        return cls(weight, eps, torch.zeros(1, dtype=torch.int32, device=weight.device))
+        count = tickets(len(weight))
+        return cls(weight, eps, torch.zeros(count, dtype=torch.int32, device=weight.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class MoeWeights:
 
 
 def tickets(size: int) -> int:
-    """How many `MoeWeights` needs: `GATE_TICKETS`, and one for each of 16 tokens and block of 16 rows."""
+    """How many a layer's end needs: `GATE_TICKETS`, and one for each of 16 tokens and block of 16 rows."""
     return GATE_TICKETS + size + 16
 
 

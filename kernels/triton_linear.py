@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanoserve.errors import BackendError
-from nanoserve.kernels.fused import Norm
+from nanoserve.kernels.fused import GATE_TICKETS, Norm
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight, relu2
 from nanoserve.kernels.triton_gemm import gemm_kernel
 from nanoserve.kernels.triton_skinny import linears_kernel
@@ -67,10 +67,9 @@ def shape_options(tile: Tile, tokens: int, device: torch.device) -> dict[str, An
     }
 
 
-def dependent(device: torch.device, *, early: bool = True) -> dict[str, Any]:
+def dependent(device: torch.device, *, early: int = 1) -> dict[str, Any]:
     """Options for a launch that may begin before the one in front of it has ended."""
-    on = early and device.type != "cpu"
-    return {"PDL": on, "launch_pdl": True} if on else {"PDL": False}
+    return {"PDL": early, "launch_pdl": True} if early and device.type != "cpu" else {"PDL": 0}
 
 
 def ahead(tile: Tile, device: torch.device, *weights: Stored) -> int:
@@ -216,12 +215,14 @@ def linears_add_norm(
     second = stored(weight2) if weight2 else first
     tile = cut(first.bits, first.rows, first.columns, x.device, tokens=len(x))
     new, normed = torch.empty_like(stream), torch.empty_like(stream)
+    sums = torch.empty((2, tile.parts, len(x), first.rows), device=x.device)
     launch(
-        linear_add_norm_kernel, (blocks(first.rows, tile.rows),),
-        x, *first.tensors, x if x2 is None else checked(x2), *second.tensors,
-        stream, new, norm.weight, normed, norm.tickets, first.rows, norm.eps,
+        linear_add_norm_kernel, (blocks(first.rows, tile.rows), tile.parts),
+        x, *first.tensors, x if x2 is None else checked(x2), *second.tensors, sums,
+        stream, new, norm.weight, normed, norm.tickets, norm.tickets[GATE_TICKETS:], first.rows, norm.eps,
         T=len(x), K1=first.columns, K2=second.columns, BITS1=first.bits, BITS2=second.bits if weight2 else 0,
-        FUSED=tile.fused, BLOCK=power_of_two(first.rows), AHEAD=ahead(tile, x.device, first, second),
-        **shape_options(tile, len(x), x.device),
+        SPAN1=tile.span(first.bits, first.columns), SPAN2=tile.span(second.bits, second.columns),
+        PARTS=tile.parts, FUSED=tile.fused, BLOCK=power_of_two(first.rows),
+        AHEAD=ahead(tile, x.device, first, second), **shape_options(tile, len(x), x.device),
     )  # fmt: skip
     return (new, normed) if tile.fused else add_norm(new, None, norm.weight, norm.eps)

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from nanoserve.kernels.triton_skinny import ahead, product, project, slot_sums
-from nanoserve.kernels.triton_stream import normalise_if_last
-from nanoserve.kernels.triton_tile import fetch, producers_done
+from nanoserve.kernels.triton_stream import last_of, normalise_if_last
+from nanoserve.kernels.triton_tile import fetch, producers_done, release
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def gate_logits(
     PDL: tl.constexpr,
 ) -> None:
     """Set logits [T, experts] = x @ gate.T at one block of BE experts, float32 throughout."""
-    if PDL:  # it is small, and fetched whole
-        fetch(gate, block * BE, experts, K * BYTES, K * BYTES, BE, 32)
+    if PDL > 0:  # it is small, and fetched whole
+        fetch(gate, block * BE, experts, K * BYTES, 0, K * BYTES, BE, 32)
     x = x + producers_done(PDL)
     e = block * BE + tl.arange(0, BE)
     row = tl.minimum(e, experts - 1)
@@ -44,6 +44,7 @@ def gate_logits(
             weights = tl.load(gate + row[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
             acc += weights.to(tl.float32) * tl.load(x + t * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
         tl.store(logits + t * experts + e, tl.sum(acc, 1), mask=e < experts)
+    release(PDL)
 
 
 @triton.jit
@@ -169,9 +170,7 @@ def front_kernel(
     blocks1 = tl.cdiv(rows1, BN)
     if block < gates:
         gate_logits(block, x, gate, logits, experts, T, K, BYTES, BE, 1024, PDL)
-        tl.debug_barrier()  # the ticket tells of what every warp of this program wrote
-        if tl.atomic_add(tickets, 1, sem="acq_rel") == gates - 1:
-            tl.store(tickets, 0)
+        if last_of(tickets, gates):
             for t in range(T):
                 choose(
                     logits + t * experts, bias, ids + t * TOP, weights + t * TOP, experts, scale,
@@ -275,17 +274,15 @@ def down_kernel(
             tl.minimum(n, rows - 1), rows, K, BITS, TOP, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
         )  # fmt: skip
     else:
-        ahead(block, w2, scales2, rows, K2, SHARED, BN, SLOTS, AHEAD)
+        ahead(block, 0, w2, scales2, rows, K2, K2, SHARED, BN, SLOTS, AHEAD)
         y = product(
-            block, x2 + t * K2, K2, w2, scales2, matrix_scale2, rows,
-            1, K2, SHARED, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
+            block, 0, x2 + t * K2, K2, w2, scales2, matrix_scale2, rows,
+            1, K2, K2, SHARED, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
         )  # fmt: skip
     parts += t * count * rows
     inside = n < rows
     tl.store(parts + part * rows + n, first_column(y, BT), mask=inside)
-    tl.debug_barrier()  # the ticket tells of what every warp of this program wrote
-    if tl.atomic_add(block_tickets + t * tl.num_programs(0) + block, 1, sem="acq_rel") == count - 1:
-        tl.store(block_tickets + t * tl.num_programs(0) + block, 0)
+    if last_of(block_tickets + t * tl.num_programs(0) + block, count):
         total = tl.zeros([BN], tl.float32)
         for i in tl.static_range(ROUTED):
             total += tl.load(parts + i * rows + n, mask=inside, other=0.0, cache_modifier=".cg")
@@ -338,8 +335,9 @@ def expert_sums(
         hidden = hidden.to(tl.pointer_type(tl.int64))
     y = slot_sums(
         hidden + tl.minimum(j, TOP - 1) * (K // PER), 0, w + e * rows * (K // PER), scales + e * rows * (K // 16),
-        n, tl.zeros([SLOTS], tl.int32), 1, K, BITS, BK, BK, BT, STAGES, ASM,
+        n, tl.zeros([SLOTS], tl.int32), 1, K, BITS, BK, K, BK, BT, STAGES, ASM,
     )  # fmt: skip
+    release(PDL)
     return tl.sum(y * factor[:, None, None], 0)
 
 

@@ -49,6 +49,16 @@ def normalise(
 
 
 @triton.jit
+def last_of(tickets: tl.tensor, count: tl.tensor) -> tl.tensor:
+    """Whether this program is the last of ``count`` with this ticket; what the others wrote can be seen then."""
+    tl.debug_barrier()  # the ticket tells of what every warp of this program wrote
+    last = tl.atomic_add(tickets, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.store(tickets, 0)
+    return last
+
+
+@triton.jit
 def normalise_if_last(
     x: tl.tensor,
     weight: tl.tensor,
@@ -61,9 +71,7 @@ def normalise_if_last(
     BLOCK: tl.constexpr,
 ) -> None:
     """`normalise` T tokens if this is the last of so many programs to come here; tickets is 0 again after that."""
-    tl.debug_barrier()  # the ticket tells of what every warp of this program wrote
-    if tl.atomic_add(tickets, 1, sem="acq_rel") == programs - 1:
-        tl.store(tickets, 0)
+    if last_of(tickets, programs):
         for t in range(T):
             normalise(x + t * size, weight, out + t * size, size, eps, BLOCK)
 
@@ -97,6 +105,28 @@ def add_norm_kernel(
 
 
 @triton.jit
+def ended(
+    delta: tl.tensor,
+    n: tl.tensor,
+    stream: tl.tensor,
+    new: tl.tensor,
+    weight: tl.tensor,
+    normed: tl.tensor,
+    tickets: tl.tensor,
+    rows: tl.tensor,
+    eps: tl.tensor,
+    T: tl.constexpr,
+    FUSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BT: tl.constexpr,
+) -> None:
+    """`join`, and with FUSED `normalise_if_last`; a program a block of rows comes here."""
+    join(delta, n, stream, new, rows, T, BT)
+    if FUSED:
+        normalise_if_last(new, weight, normed, rows, eps, tickets, tl.num_programs(0), T, BLOCK)
+
+
+@triton.jit
 def linear_add_norm_kernel(
     x1: tl.tensor,
     w1: tl.tensor,
@@ -106,18 +136,23 @@ def linear_add_norm_kernel(
     w2: tl.tensor,
     scales2: tl.tensor,
     matrix_scale2: tl.tensor,
+    sums: tl.tensor,
     stream: tl.tensor,
     new: tl.tensor,
     weight: tl.tensor,
     normed: tl.tensor,
     tickets: tl.tensor,
+    block_tickets: tl.tensor,
     rows: tl.tensor,
     eps: tl.tensor,
     T: tl.constexpr,
     K1: tl.constexpr,
     K2: tl.constexpr,
+    SPAN1: tl.constexpr,
+    SPAN2: tl.constexpr,
     BITS1: tl.constexpr,
     BITS2: tl.constexpr,
+    PARTS: tl.constexpr,
     FUSED: tl.constexpr,
     BLOCK: tl.constexpr,
     BN: tl.constexpr,
@@ -131,21 +166,54 @@ def linear_add_norm_kernel(
 ) -> None:
     """Set new = stream + x1 @ w1.T (+ x2 @ w2.T, unless BITS2 is 0), normed = its norm, with FUSED.
 
-    Grid: blocks of BN rows.
+    Grid (blocks of BN rows, PARTS): programs that share a block's columns, SPAN of them each, leave their sums in
+    ``sums`` [2, PARTS, T, rows], and the last of them adds these up in their order.
     """
-    block = tl.program_id(0)
-    ahead(block, w1, scales1, rows, K1, BITS1, BN, SLOTS, AHEAD)
+    block, part = tl.program_id(0), tl.program_id(1)
+    n, t = block * BN + tl.arange(0, BN), tl.arange(0, BT)
+    at = t[None, :] * rows + n[:, None]
+    mask = (t < T)[None, :] & (n < rows)[:, None]
+    ahead(block, part, w1, scales1, rows, K1, SPAN1, BITS1, BN, SLOTS, AHEAD)
     if BITS2 > 0:
-        ahead(block, w2, scales2, rows, K2, BITS2, BN, SLOTS, AHEAD)
-    y = product(
-        block, x1, K1, w1, scales1, matrix_scale1, rows, T, K1, BITS1, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM
-    )
-    delta = y.to(new.dtype.element_ty)
+        ahead(block, part, w2, scales2, rows, K2, SPAN2, BITS2, BN, SLOTS, AHEAD)
+    delta = product(
+        block, part, x1, K1, w1, scales1, matrix_scale1, rows,
+        T, K1, SPAN1, BITS1, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
+    )  # fmt: skip
     if BITS2 > 0:
-        y = product(
-            block, x2, K2, w2, scales2, matrix_scale2, rows, T, K2, BITS2, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM
-        )
-        delta = (delta.to(tl.float32) + y.to(new.dtype.element_ty).to(tl.float32)).to(new.dtype.element_ty)
-    join(delta, block * BN + tl.arange(0, BN), stream, new, rows, T, BT)
-    if FUSED:
-        normalise_if_last(new, weight, normed, rows, eps, tickets, tl.num_programs(0), T, BLOCK)
+        more = product(
+            block, part, x2, K2, w2, scales2, matrix_scale2, rows,
+            T, K2, SPAN2, BITS2, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
+        )  # fmt: skip
+    if PARTS == 1:
+        delta = delta.to(new.dtype.element_ty)
+        if BITS2 > 0:
+            delta = (delta.to(tl.float32) + more.to(new.dtype.element_ty).to(tl.float32)).to(new.dtype.element_ty)
+        ended(delta, n, stream, new, weight, normed, tickets, rows, eps, T, FUSED, BLOCK, BT)
+    else:
+        tl.store(sums + part * T * rows + at, delta, mask=mask)
+        if BITS2 > 0:
+            tl.store(sums + (PARTS + part) * T * rows + at, more, mask=mask)
+        if last_of(block_tickets + block, PARTS):
+            delta = added(sums, at, mask, T * rows, PARTS, BN, BT).to(new.dtype.element_ty)
+            if BITS2 > 0:
+                more = added(sums + PARTS * T * rows, at, mask, T * rows, PARTS, BN, BT).to(new.dtype.element_ty)
+                delta = (delta.to(tl.float32) + more.to(tl.float32)).to(new.dtype.element_ty)
+            ended(delta, n, stream, new, weight, normed, tickets, rows, eps, T, FUSED, BLOCK, BT)
+
+
+@triton.jit
+def added(
+    sums: tl.tensor,
+    at: tl.tensor,
+    mask: tl.tensor,
+    size: tl.tensor,
+    PARTS: tl.constexpr,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+) -> tl.tensor:
+    """The sum of PARTS tensors [BN, BT] that lie ``size`` apart, in their order."""
+    total = tl.zeros([BN, BT], tl.float32)
+    for i in tl.static_range(PARTS):
+        total += tl.load(sums + i * size + at, mask=mask, other=0.0, cache_modifier=".cg")
+    return total

@@ -65,16 +65,26 @@ mov.u32 $0, 0;
 
 @triton.jit
 def producers_done(PDL: tl.constexpr) -> tl.tensor:
-    """0, once all that earlier launches wrote can be seen; the next launch may begin, and waits in its turn.
+    """0, once all that earlier launches wrote can be seen.
 
-    To be added to the addresses of what they wrote: no compiler moves such a load in front of the wait.
+    To be added to the addresses of what they wrote: no compiler moves such a load in front of the wait. The next
+    launch may begin now where PDL is 1, and waits in its turn; at `release` where it is 2; when this one has ended
+    where it is 0.
     """
-    if PDL:
-        tl.inline_asm_elementwise(RELEASE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    if PDL > 0:
+        if PDL == 1:
+            tl.inline_asm_elementwise(RELEASE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
         zero = tl.inline_asm_elementwise(WAIT, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     else:
         zero = tl.program_id(0) * 0
     return zero * 16  # a multiple of 16, so that loads stay as wide as they were
+
+
+@triton.jit
+def release(PDL: tl.constexpr) -> None:
+    """Let the next launch begin, where PDL is 2."""
+    if PDL == 2:
+        tl.inline_asm_elementwise(RELEASE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -83,26 +93,21 @@ def fetch(
     first: tl.tensor,
     rows: tl.tensor,
     ROW: tl.constexpr,
-    SIZE: tl.constexpr,
+    offset: tl.tensor,
+    size: tl.tensor,
     BN: tl.constexpr,
     THREADS: tl.constexpr,
 ) -> None:
-    """Begin to bring what BN rows from ``first`` begin with, SIZE of ROW bytes each, to the second cache.
+    """Begin to bring ``size`` bytes, ``offset`` from each row's beginning, of BN rows of ROW to the second cache.
 
-    A thread a row; whole and aligned sixteens of bytes only. It asks for nothing past the last row's end.
+    A thread a row; whole and aligned sixteens of bytes only. It asks for nothing past a row's end.
     """
     thread = tl.arange(0, THREADS)
     row = tl.minimum(first + thread, rows - 1).to(tl.int64)
-    start = (base.to(tl.int64) + row * ROW) & -16
-    if SIZE >= 16:
-        tl.inline_asm_elementwise(
-            FETCH,
-            "=r,l,r,r",
-            [start, SIZE // 16 * 16, (thread < BN).to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    start = (base.to(tl.int64) + row * ROW + offset) & -16
+    size = size // 16 * 16
+    asked = ((thread < BN) & (size > 0)).to(tl.int32)
+    tl.inline_asm_elementwise(FETCH, "=r,l,r,r", [start, size, asked], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

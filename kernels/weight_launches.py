@@ -80,7 +80,7 @@ def weight(bits: int, *shape: int) -> Weight:
 
 def norm(size: int) -> Norm:
     """A norm without memory."""
-    return Norm(empty(size, dtype=torch.float32), 1e-5, empty(1, dtype=torch.int32))
+    return Norm(empty(size, dtype=torch.float32), 1e-5, empty(tickets(size), dtype=torch.int32))
 
 
 def moe(s: Shape) -> MoeWeights:

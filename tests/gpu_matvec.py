@@ -156,10 +156,13 @@ def tune(report: Report, pool: ProcessPoolExecutor, ceiling: float) -> dict[tupl
 
 
 def variants(tile: Tile, kind: str) -> Iterator[Tile]:
-    yield replace(tile, early=False)
+    yield replace(tile, early=0)
+    yield replace(tile, early=2)
     yield replace(tile, rows=32)
     if kind in ("out_proj", "o_proj", "down", "back"):
         yield replace(tile, fused=False)
+    if kind in ("out_proj", "o_proj", "back"):
+        yield from (replace(tile, parts=parts, slots=slots) for parts in (2, 4) for slots in (1, 2, 4))
 
 
 def print_best(
@@ -169,7 +172,7 @@ def print_best(
         return
     tile = min(times, key=lambda t: times[t])
     us, rate = times[tile], size / times[tile] / 1e6
-    late = times.get(replace(tile, early=False), float("nan"))
+    late = times.get(replace(tile, early=0), float("nan"))
     everything = sorted(((us, asdict(t)) for t, us in times.items()), key=lambda row: row[0])
     line = (
         f"{name:9} {kind:8} {size / 1e6:6.1f} MB {us:7.2f} us {rate:5.2f} TB/s {100 * rate / ceiling:3.0f} %"

@@ -14,7 +14,7 @@ from nanoserve.errors import BackendError
 from nanoserve.kernels import fused, moe, norm, nvfp4, router, triton_experts, triton_linear, triton_tile
 from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight, linear, linear_f32
-from nanoserve.kernels.weight_tiles import SHARED, Tile, fitted, shared_bytes, untuned
+from nanoserve.kernels.weight_tiles import SHARED, Cut, Tile, fitted, shared_bytes, untuned
 
 assert interpreted
 BF16 = torch.bfloat16
@@ -43,6 +43,15 @@ def weight(form: str, *shape: int) -> Weight:
 
 def tokens(*shape: int) -> Tensor:
     return (torch.randn(*shape) * 3).to(BF16)
+
+
+def always(tile: Tile) -> Cut:
+    """The same tile for every weight."""
+
+    def cut(bits: int, rows: int, columns: int, device: torch.device, *, tokens: int = 1, copies: int = 1) -> Tile:
+        return fitted(tile, bits, tokens)
+
+    return cut
 
 
 def same(got: Tensor, want: Tensor) -> None:
@@ -79,13 +88,16 @@ def test_several_weights_of_other_formats_over_the_same_tokens(count: int) -> No
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("count", [1, 3, 18])
 def test_a_layers_end_adds_and_normalises(form: str, count: int) -> None:
+    """Also with programs that share a block's columns, one of which has none; and with a norm of its own."""
     w, x, stream = weight(form, 48, 80), tokens(count, 80), tokens(count, 48)
     after = Norm.of(1 + 0.1 * torch.randn(48), 1e-5)
     before = stream.clone()
-    for _ in range(2):  # the second launch finds the tickets as the first left them
-        got = triton_linear.linear_add_norm(x, w, stream, after)
-        for mine, theirs in zip(got, fused.linear_add_norm(x, w, stream, after), strict=True):
-            same(mine, theirs)
+    want = fused.linear_add_norm(x, w, stream, after)
+    for tile in (Tile(slots=2, chunk=64), Tile(slots=1, chunk=64, parts=4), Tile(slots=2, parts=2, fused=False)):
+        for _ in range(2):  # the second launch finds the tickets as the first left them
+            got = triton_linear.linears_add_norm(x, w, None, None, stream, after, cut=always(tile))
+            for mine, theirs in zip(got, want, strict=True):
+                same(mine, theirs)
     assert torch.equal(stream, before)
     assert not after.tickets.any()
 
@@ -166,8 +178,12 @@ def test_a_mixture_of_experts_is_the_reference(count: int, shared: str, latent: 
     want = fused.moe_add_norm(x, weights, stream, after)
     first = triton_experts.moe_add_norm(x, weights, stream, after)
     again = triton_experts.moe_add_norm(x, weights, stream, after)
-    for mine, twice, theirs in zip(first, again, want, strict=True):
+    other = triton_experts.moe_add_norm(
+        x, weights, stream, after, cut=always(Tile(slots=4, chunk=64, parts=2, fused=False))
+    )
+    for mine, twice, third, theirs in zip(first, again, other, want, strict=True):
         same(mine, theirs)
+        same(third, theirs)
         assert torch.equal(mine, twice)
     assert not weights.tickets.any()
     assert not after.tickets.any()
