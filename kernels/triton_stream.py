@@ -195,11 +195,11 @@ def linear_add_norm_kernel(
         if BITS2 > 0:
             tl.store(sums + (PARTS + part) * T * rows + at, more, mask=mask)
         if last_of(block_tickets + block, PARTS):
-            delta = added(sums, at, mask, T * rows, PARTS, BN, BT).to(new.dtype.element_ty)
+            total = added(sums, at, mask, T * rows, PARTS, BN, BT).to(new.dtype.element_ty)
             if BITS2 > 0:
-                more = added(sums + PARTS * T * rows, at, mask, T * rows, PARTS, BN, BT).to(new.dtype.element_ty)
-                delta = (delta.to(tl.float32) + more.to(tl.float32)).to(new.dtype.element_ty)
-            ended(delta, n, stream, new, weight, normed, tickets, rows, eps, T, FUSED, BLOCK, BT)
+                second = added(sums + PARTS * T * rows, at, mask, T * rows, PARTS, BN, BT).to(new.dtype.element_ty)
+                total = (total.to(tl.float32) + second.to(tl.float32)).to(new.dtype.element_ty)
+            ended(total, n, stream, new, weight, normed, tickets, rows, eps, T, FUSED, BLOCK, BT)
 
 
 @triton.jit

@@ -10,11 +10,16 @@ import sys
 from dataclasses import asdict
 
 import aot
+import torch
 
 from nanoserve.kernels.weight_launches import SHAPES, launches
-from nanoserve.kernels.weight_tiles import tiles_for
+from nanoserve.kernels.weight_tiles import Tile, fitted, tiles_for
 
 CHIPS = {"sm_90": (9, 0), "sm_120": (12, 0), "sm_121": (12, 1)}
+
+
+def always(bits: int, rows: int, columns: int, device: torch.device, *, tokens: int = 1, copies: int = 1) -> Tile:
+    return fitted(Tile(slots=2, parts=4), bits, tokens)
 
 
 def main() -> None:
@@ -22,7 +27,9 @@ def main() -> None:
     cut = tiles_for(CHIPS[architecture])
     for name in names:
         for tokens in counts:
-            for what, call in launches(SHAPES[name], tokens, cut):
+            # A layer's end once more, with programs that share a block's columns.
+            shared = (row for row in launches(SHAPES[name], tokens, always) if row[0] in ("out_proj", "moe"))
+            for what, call in (*launches(SHAPES[name], tokens, cut), *shared):
                 with aot.recorded() as recorded:
                     call()
                 for launch in recorded:
