@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoserve import traffic
+from nanoserve import breakdown, traffic
 from nanoserve.bench import BenchOptions, bench
 from nanoserve.bench_report import lines
 from nanoserve.checkpoint import open_checkpoint
@@ -89,7 +89,7 @@ def error_of(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
-def time_us(works: list[Callable[[], object]]) -> float:
+def time_us(works: Sequence[Callable[[], object]]) -> float:
     """Microseconds a work, one after another in a graph; each has its own memory, so that caches stay cold."""
 
     def run() -> None:
@@ -311,7 +311,7 @@ def time_sampler(report: Report) -> None:
     for (name, sampling), cut in product(
         SAMPLINGS.items(), few((1024, 128, 4), (2048, 128, 8), (512, 128, 4), (1024, 256, 8))
     ):
-        tile = dict(zip(("block", "chunk", "warps"), cut, strict=True))
+        tile: dict[str, int] = dict(zip(("block", "chunk", "warps"), cut, strict=True))
         us = time_us([partial(triton_sample.sample, logits, sampler(vocab, sampling), out, tile)])
         rows.append({"sampling": name, **tile, "us": us})
     best(report, "sampler_times", rows)
@@ -400,7 +400,7 @@ def bench_graph(report: Report) -> None:
 def main() -> None:
     torch.manual_seed(int(time.time()))
     if REHEARSE:
-        traffic._CPU_BYTES = 1 << 20  # pyright: ignore[reportPrivateUsage]
+        traffic._CPU_BYTES, breakdown._TOKENS = 1 << 20, 2  # pyright: ignore[reportPrivateUsage]
         table.REQUIREMENTS = {**table.REQUIREMENTS, "triton": lambda device: None}  # pyright: ignore
     report = Report(Path(sys.argv[2]) / "gpu_decode.json")
     name = "rehearsal" if REHEARSE else torch.cuda.get_device_name()
