@@ -6,6 +6,7 @@ A new backend is a line in `BACKENDS` and a predicate in `REQUIREMENTS`; the mod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from nanoserve.errors import BackendError
 from nanoserve.kernels.attention import LayerKV
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
+from nanoserve.kernels.mamba import MambaState, MambaWeights
+from nanoserve.kernels.sample import SamplerState
 from nanoserve.kernels.ssm import SsmWeights
 
 BACKENDS: Mapping[str, Mapping[str, str]] = {
@@ -25,22 +28,49 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     "linear_nvfp4": {"torch": "nanoserve.kernels.linear:linear"},
     "head": {"torch": "nanoserve.kernels.linear:linear_f32"},
     "conv_prefill": {"torch": "nanoserve.kernels.conv:conv"},
-    "conv_decode": {"torch": "nanoserve.kernels.conv:conv"},
     "ssm_prefill": {"torch": "nanoserve.kernels.ssm:ssm_scan"},
-    "ssm_decode": {"torch": "nanoserve.kernels.ssm:ssm_step"},
-    "kv_append": {"torch": "nanoserve.kernels.attention:kv_append"},
+    "mamba_decode": {
+        "triton": "nanoserve.kernels.triton_mamba:mamba_decode",
+        "torch": "nanoserve.kernels.mamba:mamba_decode",
+    },
+    "kv_append": {
+        "triton": "nanoserve.kernels.triton_attention:kv_append",
+        "torch": "nanoserve.kernels.attention:kv_append",
+    },
     "attention_prefill": {"torch": "nanoserve.kernels.attention:attention"},
-    "attention_decode": {"torch": "nanoserve.kernels.attention:attention"},
+    "attention_decode": {
+        "triton": "nanoserve.kernels.triton_attention:attention_decode",
+        "torch": "nanoserve.kernels.attention:attention",
+    },
     "router": {"torch": "nanoserve.kernels.router:router"},
     "experts_prefill": {"torch": "nanoserve.kernels.moe:experts"},
     "experts_decode": {"torch": "nanoserve.kernels.moe:experts"},
-    "sample": {"torch": "nanoserve.kernels.sample:sample"},
+    "sample": {
+        "triton": "nanoserve.kernels.triton_sample:sample",
+        "torch": "nanoserve.kernels.sample:sample",
+    },
+}
+
+HOST_BOUND: Mapping[tuple[str, str], str] = {
+    # (op, backend) of a decode step that no CUDA graph can hold: why not.
+    ("linear_nvfp4", "torch"): "copies the table of codes from the host",
+    ("head", "torch"): "copies the table of codes from the host",
+    ("attention_decode", "torch"): "asks how long the context is",
+    ("experts_decode", "torch"): "asks which experts were chosen",
+    ("sample", "torch"): "takes the request's numbers from the host",
 }
 
 Requirement = Callable[[torch.device], str | None]
 """Why a backend cannot run on a device, or None when it can."""
 
-REQUIREMENTS: Mapping[str, Requirement] = {"torch": lambda device: None}
+
+def _triton(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "needs a GPU"
+    return None if find_spec("triton") else "triton is not installed"
+
+
+REQUIREMENTS: Mapping[str, Requirement] = {"torch": lambda device: None, "triton": _triton}
 
 Experts = Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
 Attend = Callable[[Tensor, LayerKV, Tensor, Tensor], Tensor]
@@ -68,16 +98,15 @@ class Ops:
     linear_nvfp4: Callable[[Tensor, Weight], Tensor]
     head: Callable[[Tensor, Weight], Tensor]
     conv_prefill: Conv
-    conv_decode: Conv
     ssm_prefill: Callable[[Tensor, Tensor, Tensor, Tensor, SsmWeights, Tensor, int], Tensor]
-    ssm_decode: Callable[[Tensor, Tensor, Tensor, Tensor, SsmWeights, Tensor], Tensor]
+    mamba_decode: Callable[[Tensor, MambaWeights, MambaState], Tensor]
     kv_append: Callable[[Tensor, Tensor, LayerKV, Tensor, Tensor], None]
     attention_prefill: Attend
     attention_decode: Attend
     router: Callable[[Tensor, Tensor, Tensor, int, float, bool], tuple[Tensor, Tensor]]
     experts_prefill: Experts
     experts_decode: Experts
-    sample: Callable[..., Tensor]
+    sample: Callable[[Tensor, SamplerState, Tensor], None]
     report: tuple[Resolution, ...]
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:

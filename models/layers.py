@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanoserve.cache import Cache, Sequence
 from nanoserve.kernels.linear import Weight, relu2
+from nanoserve.kernels.mamba import MambaWeights
 from nanoserve.kernels.ssm import SsmWeights
 from nanoserve.kernels.table import Ops
 from nanoserve.models.config import NemotronHConfig
@@ -54,18 +55,18 @@ class Mamba:
     def __call__(self, x: Tensor, span: Span) -> Tensor:
         """[T, H] → [T, H]; advances the layer's conv and SSM state."""
         c, ops, slot = self.config, self.ops, span.sequence.slot
-        z, xbc, dt = ops.linear(x, self.in_proj).split([c.d_inner, c.conv_dim, c.mamba_heads], dim=-1)
-        conv = ops.conv_decode if span.decode else ops.conv_prefill
-        xbc = conv(xbc, self.conv_weight, self.conv_bias, span.cache.conv[self.index, slot])
+        weights, state = SsmWeights(self.a_log, self.d, self.dt_bias), span.cache.mamba(self.index, slot)
+        projected = ops.linear(x, self.in_proj)
+        if span.decode:
+            between = MambaWeights(self.conv_weight, self.conv_bias, weights, self.norm, c.eps)
+            return ops.linear(ops.mamba_decode(projected, between, state), self.out_proj)
+        z, xbc, dt = projected.split([c.d_inner, c.conv_dim, c.mamba_heads], dim=-1)
+        xbc = ops.conv_prefill(xbc, self.conv_weight, self.conv_bias, state.conv)
         bc_size = c.groups * c.state_size
         inner, b, c_ = xbc.split([c.d_inner, bc_size, bc_size], dim=-1)
         heads = inner.unflatten(-1, (c.mamba_heads, c.mamba_head_dim))
         b, c_ = (m.unflatten(-1, (c.groups, c.state_size)) for m in (b, c_))
-        weights, state = SsmWeights(self.a_log, self.d, self.dt_bias), span.cache.ssm[self.index, slot]
-        if span.decode:
-            y = ops.ssm_decode(heads, dt, b, c_, weights, state)
-        else:
-            y = ops.ssm_prefill(heads, dt, b, c_, weights, state, c.chunk_size)
+        y = ops.ssm_prefill(heads, dt, b, c_, weights, state.ssm, c.chunk_size)
         y = ops.gated_norm(y.flatten(1), z, self.norm, c.groups, c.eps)
         return ops.linear(y, self.out_proj)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nanoserve.kernels.attention import LayerKV
+from nanoserve.kernels.mamba import MambaState
 from nanoserve.models.config import NemotronHConfig
 
 
@@ -66,12 +67,16 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """The pools. ``kv`` has an entry an attention layer; ``conv`` and ``ssm`` are [Mamba layers, slots, …]."""
+    """The pools. ``kv`` has an entry an attention layer; ``conv`` and ``ssm`` are [Mamba layers, slots, …].
+
+    ``tickets`` is int32 [Mamba layers, groups], see `MambaState`: one launch at a time needs a layer's.
+    """
 
     shape: CacheShape
     kv: tuple[LayerKV, ...]
     conv: Tensor
     ssm: Tensor
+    tickets: Tensor
     page_tables: Tensor
     free_pages: list[int] = field(default_factory=list[int])
     free_slots: list[int] = field(default_factory=list[int])
@@ -115,10 +120,15 @@ class Cache:
                 dtype=torch.float32,
                 device=device,
             ),
+            tickets=torch.zeros((mamba, config.groups), dtype=torch.int32, device=device),
             page_tables=torch.zeros((shape.slots, shape.pages), dtype=torch.int32, device=device),
             free_pages=list(range(shape.pages * shape.slots)),
             free_slots=list(range(shape.slots)),
         )
+
+    def mamba(self, layer: int, slot: int) -> MambaState:
+        """The state of a sequence's Mamba layer; ``layer`` counts the Mamba layers."""
+        return MambaState(self.conv[layer, slot], self.ssm[layer, slot], self.tickets[layer])
 
     @contextmanager
     def sequence(self, tokens: int) -> Generator[Sequence]:

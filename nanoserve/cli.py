@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from nanoserve import __version__
 from nanoserve.config import (
+    DecodeChoice,
     DeviceChoice,
     DtypeChoice,
     EngineConfig,
@@ -144,6 +145,7 @@ def _announce(prepared: "Prepared", has_tokenizer: bool) -> None:
         _say(f"  {purpose:<16} {amount}")
     for line in describe(prepared.ops.report):
         _say(f"  ops              {line}")
+    _say(f"  decode steps     {prepared.decode}")
     if (threads := cpu_threads(prepared)) is not None:
         _say(f"  CPU threads      {threads} (the fastest for a small model; OMP_NUM_THREADS is heard)")
     if prepared.manifest.skipped_mtp:
@@ -357,7 +359,12 @@ def _model_argument(parser: argparse.ArgumentParser, text: str = "checkpoint dir
 
 
 def _engine_options(parser: argparse.ArgumentParser) -> None:
-    choices: Mapping[str, Any] = {"device": DeviceChoice, "dtype": DtypeChoice, "kv-dtype": KvDtypeChoice}
+    choices: Mapping[str, Any] = {
+        "device": DeviceChoice,
+        "dtype": DtypeChoice,
+        "kv-dtype": KvDtypeChoice,
+        "decode": DecodeChoice,
+    }
     for name, kind in choices.items():
         parser.add_argument(f"--{name}", choices=get_args(kind), help="default auto")
     parser.add_argument("--max-context", type=int, help="tokens of prompt and answer (default: what fits)")

@@ -18,6 +18,7 @@ from nanoserve.errors import ConfigError
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeChoice = Literal["auto", "float32", "bfloat16"]
 KvDtypeChoice = Literal["auto", "float32", "bfloat16", "fp8"]
+DecodeChoice = Literal["auto", "eager", "graph"]
 
 ENV_PREFIX = "NANOSERVE_"
 
@@ -33,6 +34,8 @@ class EngineConfig:
         dtype: activations; "auto" is float32 on the CPU and bfloat16 on a GPU.
         kv_dtype: the KV cache; "auto" is `dtype` on the CPU, and what the checkpoint declares on a GPU.
         max_context: tokens of prompt and answer together; None takes the model's limit or what fits.
+        decode: how decode steps are launched: as a CUDA graph or op by op ("eager"); "auto" is a graph where every
+            op's backend can be in one.
         page_size: tokens in a KV page.
         prefill_chunk: tokens a prefill step takes at most.
         memory_fraction: share of the device's free memory that the memory plan may use.
@@ -43,6 +46,7 @@ class EngineConfig:
     dtype: DtypeChoice = "auto"
     kv_dtype: KvDtypeChoice = "auto"
     max_context: int | None = None
+    decode: DecodeChoice = "auto"
     page_size: int = 16
     prefill_chunk: int = 512
     memory_fraction: float = 0.9

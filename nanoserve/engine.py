@@ -11,11 +11,12 @@ from torch import Tensor
 
 from nanoserve.cache import Cache, Sequence
 from nanoserve.errors import ContextLengthError, EngineError, RequestError
-from nanoserve.kernels.sample import SamplerState
+from nanoserve.graph import Decoder
+from nanoserve.kernels.sample import NOT_FINITE, SamplerState
 from nanoserve.models.nemotron_h import NemotronH
 from nanoserve.request import Constraint, Event, Finish, PromptScores, Request, Token, TokenScore, brief
 from nanoserve.sampler import SCORE_ROWS, begin_sampling, restrict, token_scores
-from nanoserve.step import NOT_FINITE, DecodeBuffers, advance, begin_decode, draw, prefill
+from nanoserve.step import DecodeBuffers, begin_decode, prefill
 
 Cancelled = Callable[[], bool]
 
@@ -46,6 +47,7 @@ class Engine:
         cache: state of the running sequence.
         buffers: of the decode step.
         sampler: of the running request.
+        decoder: runs decode steps over those.
         device: where all of it lives.
         end_ids: the model's own end tokens.
         prefill_chunk: tokens a prefill step takes at most.
@@ -55,6 +57,7 @@ class Engine:
     cache: Cache
     buffers: DecodeBuffers
     sampler: SamplerState
+    decoder: Decoder
     device: torch.device
     end_ids: frozenset[int]
     prefill_chunk: int
@@ -149,11 +152,19 @@ class Engine:
         begin_decode(self.model, sequence, hidden, self.buffers)
         # Making it is the host's work, as every mask is: done while the device runs what is queued.
         constraint = request.constraint() if request.constraint is not None else None
+        steps = self.decoder
+        steps.begin()
+        # Logprobs are of the logits that a token was drawn from: the next step must not have overwritten them.
+        ahead = steps.ahead if params.logprobs is None else 0
         for count in range(1, budget + 1):
-            if not self._draw(constraint):
+            if constraint is None:
+                steps.run_ahead(sequence, budget, ahead)
+            elif not self._draw(constraint):
                 yield Finish("stop")
                 return
-            token = self._drawn()
+            token = steps.read()
+            if token == NOT_FINITE:
+                raise EngineError(_DAMAGED)
             yield Token(token, self._token_score(token, params.logprobs))
             if constraint is not None:
                 constraint.push(token)
@@ -165,17 +176,17 @@ class Engine:
             if cancelled():
                 yield Finish("cancelled")
                 return
-            advance(self.model, self.cache, sequence, self.buffers)
+            if constraint is not None:
+                steps.advance(sequence)
         yield Finish("length")
 
-    def _draw(self, constraint: Constraint | None) -> bool:
+    def _draw(self, constraint: Constraint) -> bool:
         """Draw a token that the constraint allows; False when it allows none, for the answer is complete."""
-        if constraint is not None:
-            allowed = constraint.allowed()
-            if constraint.ended:
-                return False
-            restrict(self.sampler, allowed)
-        draw(self.model, self.buffers, self.sampler)
+        allowed = constraint.allowed()
+        if constraint.ended:
+            return False
+        restrict(self.sampler, allowed)
+        self.decoder.draw()
         return True
 
     def _force(self, request: ForcedRequest, cancelled: Cancelled) -> Generator[Event]:
@@ -189,7 +200,6 @@ class Engine:
                     yield Finish("cancelled")
                     return
                 hidden = prefill(self.model, self.cache, sequence, chunk)
-            begin_sampling(self.sampler, request.sampling, prompt, ())
             begin_decode(self.model, sequence, hidden[-1:], self.buffers)
             request.deliver(self._logprobs())
             for token in answer[:-1]:
@@ -197,21 +207,14 @@ class Engine:
                     yield Finish("cancelled")
                     return
                 self.buffers.ids.fill_(token)
-                advance(self.model, self.cache, sequence, self.buffers)
+                self.decoder.advance(sequence)
                 request.deliver(self._logprobs())
         yield Finish("length")
 
-    def _drawn(self) -> int:
-        """The token that the last step drew."""
-        token = int(self.buffers.ids)
-        if token == NOT_FINITE:
-            raise EngineError(_DAMAGED)
-        return token
-
     def _logprobs(self) -> Tensor:
         """Ln p of the vocabulary after the last step, float32 [V]."""
-        draw(self.model, self.buffers, self.sampler)
-        self._drawn()
+        if not bool(self.buffers.logits.sum().isfinite()):
+            raise EngineError(_DAMAGED)
         return self.buffers.logits.log_softmax(dim=-1)
 
     def _token_score(self, token: int, alternatives: int | None) -> TokenScore | None:

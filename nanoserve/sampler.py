@@ -23,7 +23,7 @@ def begin_sampling(state: SamplerState, params: SamplingParams, prompt: Tensor, 
         prompt: its ids, int64 [T], on the device.
         end_ids: tokens that would end the answer; masked until ``min_tokens``.
     """
-    for tensor in (state.bias, state.seen, state.counts, state.ends, state.step):
+    for tensor in (state.bias, state.seen, state.counts, state.ends, state.step, state.drawn):
         tensor.zero_()
     state.seen[prompt] = True
     state.ends[list(end_ids)] = True
@@ -37,6 +37,7 @@ def begin_sampling(state: SamplerState, params: SamplingParams, prompt: Tensor, 
     state.repetition = params.repetition_penalty
     state.presence, state.frequency = params.presence_penalty, params.frequency_penalty
     state.seed = secrets.randbits(64) if params.seed is None else params.seed & (2**64 - 1)
+    state.publish()
 
 
 def restrict(state: SamplerState, allowed: bytes | None) -> None:

@@ -10,11 +10,12 @@ from nanoserve.cache import Cache, CacheShape
 from nanoserve.checkpoint import Checkpoint
 from nanoserve.config import EngineConfig
 from nanoserve.engine import Engine
-from nanoserve.errors import ConfigError
+from nanoserve.errors import BackendError, ConfigError
+from nanoserve.graph import Capture, Decoder, obstacles
 from nanoserve.kernels.sample import SamplerState
 from nanoserve.kernels.table import Ops, select
 from nanoserve.models.config import NemotronHConfig
-from nanoserve.models.nemotron_h import NemotronH
+from nanoserve.models.nemotron_h import Fields, NemotronH
 from nanoserve.plan import MemoryPlan, plan_memory
 from nanoserve.step import DecodeBuffers
 from nanoserve.weights import Manifest, Progress, load, resolve
@@ -41,6 +42,19 @@ class Examined:
     def end_ids(self) -> frozenset[int]:
         """What ends an answer; an id beyond the vocabulary can never come, so it can never end anything."""
         return frozenset(id for id in self.checkpoint.eos_token_ids if id < self.config.vocab_size)
+
+    @property
+    def decode(self) -> str:
+        """How decode steps are launched, and why."""
+        blocked = obstacles(self.ops, self.device)
+        if self.graph:
+            return "one CUDA graph a token"
+        return f"op by op ({'chosen by name' if self.options.decode == 'eager' else blocked[0]})"
+
+    @property
+    def graph(self) -> bool:
+        """Whether decode steps are launched as a CUDA graph."""
+        return self.options.decode != "eager" and not obstacles(self.ops, self.device)
 
     def plan(self) -> MemoryPlan:
         """Fit it into what the device has free now.
@@ -77,6 +91,8 @@ def examine(checkpoint: Checkpoint, options: EngineConfig) -> Examined:
     manifest = resolve(checkpoint, config)
     device = pick_device(options)
     ops = select(device, options.ops)
+    if options.decode == "graph" and (blocked := obstacles(ops, device)):
+        raise BackendError(f"decode is 'graph', and {'; '.join(map(str, blocked))}: use 'auto' or 'eager'")
     dtype, kv_dtype = pick_dtypes(options, device.type, checkpoint.quantization.kv_cache_fp8)
     shape = CacheShape(0, options.page_size, kv_dtype, dtype)
     return Examined(checkpoint, options, config, manifest, device, ops, shape)
@@ -104,13 +120,27 @@ def load_engine(prepared: Prepared, progress: Progress) -> Engine:
     p = prepared
     if (threads := cpu_threads(p)) is not None:
         torch.set_num_threads(threads)  # this thread's alone, and the worker's thread is who calls us
-    fields = load(p.checkpoint, p.manifest, p.device, progress)
+    return assemble(p, load(p.checkpoint, p.manifest, p.device, progress))
+
+
+def assemble(prepared: Prepared, fields: Fields) -> Engine:
+    """The engine over weights that are there, with its cache; captures the decode step where it is to be a graph.
+
+    Raises:
+        EngineError: it cannot be captured.
+    """
+    p = prepared
     scales = tuple((fields[i, "k_scale"], fields[i, "v_scale"]) for i in p.config.layers("*"))
+    model = NemotronH.build(p.config, p.ops, p.shape.conv_dtype, fields)
+    cache = Cache.allocate(p.config, p.shape, p.device, scales)
+    buffers = DecodeBuffers.allocate(p.config.vocab_size, p.device)
+    sampler = SamplerState.allocate(p.config.vocab_size, p.device)
     return Engine(
-        model=NemotronH.build(p.config, p.ops, p.shape.conv_dtype, fields),
-        cache=Cache.allocate(p.config, p.shape, p.device, scales),
-        buffers=DecodeBuffers.allocate(p.config.vocab_size, p.device),
-        sampler=SamplerState.allocate(p.config.vocab_size, p.device),
+        model=model,
+        cache=cache,
+        buffers=buffers,
+        sampler=sampler,
+        decoder=Decoder.make(model, cache, buffers, sampler, Capture.new() if p.graph else None),
         device=p.device,
         end_ids=p.end_ids,
         prefill_chunk=p.options.prefill_chunk,

@@ -16,9 +16,6 @@ from nanoserve.kernels.sample import SamplerState
 from nanoserve.models.layers import Span, span_of
 from nanoserve.models.nemotron_h import NemotronH
 
-NOT_FINITE = -1
-"""Takes a token's place when the logits are no numbers: the host must not pass such a token on."""
-
 
 @torch.inference_mode()
 def prefill(model: NemotronH, cache: Cache, sequence: Sequence, ids: Tensor) -> Tensor:
@@ -72,14 +69,16 @@ def draw(model: NemotronH, buffers: DecodeBuffers, sampler: SamplerState) -> Non
 
     ``buffers.ids`` gets it, and `advance` runs it.
     """
-    token = model.ops.sample(buffers.logits, sampler)
-    # NaN and infinity show in the sum, which is one pass and 17 times faster than asking every value.
-    buffers.ids.copy_(torch.where(buffers.logits.sum().isfinite(), token, NOT_FINITE))
+    model.ops.sample(buffers.logits, sampler, buffers.ids)
 
 
 @torch.inference_mode()
 def advance(model: NemotronH, cache: Cache, sequence: Sequence, buffers: DecodeBuffers) -> None:
-    """Run the token in ``buffers``: embedding → layers → head → logits."""
+    """Run the token in ``buffers``: embedding → layers → head → logits.
+
+    A token that is `NOT_FINITE` counts from the embedding's end and runs as the last one: steps that were launched
+    before the host read it must do no harm.
+    """
     span = Span(buffers.ids, buffers.positions, sequence, cache, decode=True)
     buffers.logits.copy_(model.logits(model.forward(span))[0])
     buffers.positions.add_(1)

@@ -60,7 +60,7 @@ class Answerer:
         """(ids, whether the answer ended by itself), at temperature 1 unless told otherwise."""
         begin_sampling(self._state, SamplingParams(seed=seed, **sampling), torch.tensor(PROMPT), ())
         generator = torch.Generator().manual_seed(seed)
-        ids: list[int] = []
+        ids, drawn = list[int](), torch.empty(1, dtype=torch.int64)
         for _ in range(limit):
             restrict(self._state, constraint.allowed())
             if constraint.ended:
@@ -69,7 +69,8 @@ class Answerer:
             tail = b"".join(map(self.tokenizer.token_bytes, ids[-20:]))
             begun = max(n for n in range(len(_ENDING)) if tail.endswith(_ENDING[:n]))
             logits[self.id(_ENDING[begun : begun + 1].decode())] += 12.0 if begun > 1 else 4.0
-            ids.append(int(sample(logits, self._state)))
+            sample(logits, self._state, drawn)
+            ids.append(int(drawn))
             constraint.push(ids[-1])
             if constraint.ended or ids[-1] in (2, END):
                 return ids, True

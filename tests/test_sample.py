@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanoserve.kernels.sample import SamplerState, sample
+from nanoserve.kernels import sample as reference
+from nanoserve.kernels.sample import NOT_FINITE, RING, SamplerState
 from nanoserve.request import SamplingParams
 from nanoserve.sampler import begin_sampling, restrict, token_scores
 
@@ -18,6 +19,12 @@ def state(
     own = SamplerState.allocate(vocab, torch.device("cpu"))
     begin_sampling(own, SamplingParams(**fields), torch.tensor(prompt), end_ids)
     return own
+
+
+def sample(logits: Tensor, own: SamplerState) -> Tensor:
+    out = torch.empty(1, dtype=torch.int64)
+    reference.sample(logits, own, out)
+    return out
 
 
 def draws(count: int, logits: Tensor = LOGITS, **fields: Any) -> Tensor:
@@ -136,3 +143,22 @@ def test_a_new_request_is_not_restricted() -> None:
     own = restricted({6}, temperature=0.0)
     begin_sampling(own, SamplingParams(temperature=0.0), torch.tensor([3]), ())
     assert sample(LOGITS, own).item() == 0
+
+
+def test_the_last_tokens_are_kept_in_their_places() -> None:
+    own = state(1000, seed=3)
+    drawn = [int(sample(torch.zeros(1000), own)) for _ in range(RING + 3)]
+    assert own.drawn.tolist() == [*drawn[RING:], *drawn[3:RING]]
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_no_numbers_give_no_token(wrong: float) -> None:
+    own, logits = state(temperature=0.0), LOGITS.clone()
+    logits[2] = wrong
+    assert int(sample(logits, own)) == int(own.drawn[0]) == NOT_FINITE
+
+
+def test_what_truncates_is_known_on_the_host() -> None:
+    assert state(temperature=0.0, top_k=3, top_p=0.5).truncations == ()
+    assert state(top_k=VOCAB).truncations == ()
+    assert state(top_k=3, top_p=0.5, min_p=0.1).truncations == ("min_p", "top_k", "top_p")
