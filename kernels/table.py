@@ -170,6 +170,13 @@ def _resolve(op: str, device: torch.device, choice: str | None) -> Resolution:
     return Resolution(op, choice, "chosen by name", rejected)
 
 
+def backends(op: str, device: torch.device) -> tuple[dict[str, Callable[..., Any]], tuple[tuple[str, str], ...]]:
+    """An op's backends that can run on a device, best first, and the others with their reasons."""
+    reasons = {name: REQUIREMENTS[name](device) for name in BACKENDS[op]}
+    able = {name: _function(BACKENDS[op][name]) for name, reason in reasons.items() if reason is None}
+    return able, tuple((name, reason) for name, reason in reasons.items() if reason is not None)
+
+
 def _function(target: str) -> Callable[..., Any]:
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)

@@ -1,4 +1,4 @@
-"""``nanoserve run | chat | generate | inspect | eval``: the composition root, which reads like the flow."""
+"""``nanoserve run | chat | generate | inspect | eval | bench``: the composition root; it reads like the flow."""
 
 import argparse
 import io
@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, get_args
 
 from nanoserve import __version__
+from nanoserve.bench_options import add_bench_options
 from nanoserve.config import (
     DecodeChoice,
     DeviceChoice,
@@ -241,6 +242,13 @@ def _eval(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from nanoserve.bench_command import run_bench
+
+    with _leaving_at_once(*_ENDING):
+        return run_bench(options, _sections(options)[0], _announce)
+
+
 def _sections(options: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
     """Both config sections out of command line, environment and TOML."""
     toml = read_toml(options.config) if options.config else {}
@@ -278,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="nanoserve", description="One Nemotron-H model, one GPU, one stream of tokens."
     )
     parser.add_argument("--version", action="version", version=f"nanoserve {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="run | chat | generate | inspect | eval")
+    commands = parser.add_subparsers(required=True, metavar="run | chat | generate | inspect | eval | bench")
 
     run = commands.add_parser("run", help="serve a checkpoint over HTTP")
     _model_argument(run)
@@ -320,6 +328,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(command=_inspect)
 
     _eval_options(commands.add_parser("eval", help="how many questions a model answers rightly, side by side"))
+
+    bench = commands.add_parser("bench", help="speed at batch 1, against the time that the memory's bus takes")
+    _model_argument(bench)
+    _engine_options(bench)
+    add_bench_options(bench)
+    bench.set_defaults(command=_bench)
     return parser
 
 

@@ -19,6 +19,8 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeChoice = Literal["auto", "float32", "bfloat16"]
 KvDtypeChoice = Literal["auto", "float32", "bfloat16", "fp8"]
 DecodeChoice = Literal["auto", "eager", "graph"]
+ShapeName = Literal["nano", "lightning", "super"]
+"""Released geometries: Nano-3 30B-A3B, 3.5-Lightning 30B-A3B and Super 120B-A12B, each as its NVFP4 release."""
 
 ENV_PREFIX = "NANOSERVE_"
 

@@ -12,6 +12,9 @@ AGAIN = "download the file again"
 DEMO_MODEL = Path(__file__).parent / "models" / "demo" / "nanoserve-demo"
 """The small model in the box, which serves where no MODEL is given."""
 
+SHAPES_FOLDER = Path(__file__).parent / "shapes"
+"""The released geometries, and what other engines took for them."""
+
 JSON_LIMIT = 100_000_000
 """Bytes of a JSON file or header at most: the safetensors library's own limit."""
 

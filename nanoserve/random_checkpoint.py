@@ -99,28 +99,6 @@ class _Writer:
             case _:
                 return Format.BF16
 
-    def values(self, entry: Entry, shape: tuple[int, ...]) -> Tensor:
-        """Random values of a sensible size; no field is constant, so that a mix-up shows."""
-
-        def normal(scale: float) -> Tensor:
-            return torch.randn(shape, generator=self.random) * scale
-
-        match entry.field:
-            case "a_log":
-                return torch.log(1 + 15 * torch.rand(shape, generator=self.random))
-            case "dt_bias":
-                return normal(1.0) - 3
-            case "bias":
-                return normal(0.1)
-            case "layer_norm" | "norm_f" | "norm" | "d":
-                return 1 + normal(0.1)
-            case "conv_weight" | "embeddings":
-                return normal(0.5)
-            case "k_scale" | "v_scale":
-                return 0.01 + 0.01 * torch.rand(shape, generator=self.random)
-            case _:
-                return normal(1.5 / math.sqrt(shape[-1]))
-
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the checkpoint."""
         out: dict[str, Tensor] = {}
@@ -128,17 +106,17 @@ class _Writer:
             format_, shape = self.format_of(layer, entry), entry.shape(self.config)
             if entry.kind is Kind.SCALE:
                 if self.recipe in ("lightning", "super"):
-                    out[prefix + entry.name] = self.values(entry, shape)
+                    out[prefix + entry.name] = random_values(entry, shape, self.random)
                 continue
             if not entry.is_linear:
-                values = self.values(entry, shape)
+                values = random_values(entry, shape, self.random)
                 wide = entry.field == "bias" or (entry.field == "gate" and self.recipe == "nano")
                 out[prefix + entry.name] = values if wide else values.bfloat16()
                 continue
             copies = self.config.experts if entry.kind is Kind.EXPERTS else 1
             for copy in range(copies):
                 name = prefix + entry.name.format(copy)
-                out.update(self._linear(name, self.values(entry, shape), format_))
+                out.update(self._linear(name, random_values(entry, shape, self.random), format_))
         return out
 
     def _linear(self, name: str, weight: Tensor, format_: Format) -> dict[str, Tensor]:
@@ -208,6 +186,32 @@ class _Writer:
         mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
         kv = {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}, "quant_method": "modelopt"}
         return {**mixed, **kv, "ignore": [*plain, "mtp*"]}, {**mixed, "kv_cache_quant_algo": "FP8"}
+
+
+def random_values(entry: Entry, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    """Random values of a sensible size, float32 on the generator's device; none is constant, so a mix-up shows."""
+
+    def normal(scale: float) -> Tensor:
+        return torch.randn(shape, generator=random, device=random.device) * scale
+
+    def uniform() -> Tensor:
+        return torch.rand(shape, generator=random, device=random.device)
+
+    match entry.field:
+        case "a_log":
+            return torch.log(1 + 15 * uniform())
+        case "dt_bias":
+            return normal(1.0) - 3
+        case "bias":
+            return normal(0.1)
+        case "layer_norm" | "norm_f" | "norm" | "d":
+            return 1 + normal(0.1)
+        case "conv_weight" | "embeddings":
+            return normal(0.5)
+        case "k_scale" | "v_scale":
+            return 0.01 + 0.01 * uniform()
+        case _:
+            return normal(1.5 / math.sqrt(shape[-1]))
 
 
 def write_random_checkpoint(

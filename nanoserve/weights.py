@@ -21,7 +21,7 @@ from nanoserve.models.config import NemotronHConfig
 from nanoserve.models.manifest import Entry, Kind, entries
 from nanoserve.quantization import Format
 
-_DTYPES = {
+DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -52,7 +52,7 @@ class Part:
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        return self.count * _DTYPES[self.dtype].itemsize
+        return self.count * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +276,7 @@ def load(
         _read(checkpoint, info, place)
         done += info.nbytes
         progress(done, total)
-    return {(item.layer, item.entry.field): _finish(item, tensors) for item, tensors in raw}
+    return {(item.layer, item.entry.field): finish(item, tensors) for item, tensors in raw}
 
 
 def _allocate(
@@ -287,12 +287,20 @@ def _allocate(
     places: list[tuple[TensorInfo, Tensor]],
 ) -> Tensor:
     """Memory for a part, stacked if it is of experts; notes where each tensor of the checkpoint goes."""
-    stacked = item.entry.kind is Kind.EXPERTS and len(part.shape) < 3  # else it is one stack already
-    shape = (len(part.names), *part.shape) if stacked else part.shape
-    tensor = torch.empty(shape, dtype=_DTYPES[part.dtype], device=device)
+    stacked = _is_stacked(item, part)
+    tensor = torch.empty(kept_shape(item, part), dtype=DTYPES[part.dtype], device=device)
     for index, name in enumerate(part.names):
         places.append((checkpoint.tensors[name], tensor[index] if stacked else tensor))
     return tensor
+
+
+def _is_stacked(item: Item, part: Part) -> bool:
+    return item.entry.kind is Kind.EXPERTS and len(part.shape) < 3  # else it is one stack already
+
+
+def kept_shape(item: Item, part: Part) -> tuple[int, ...]:
+    """A part's shape in memory, where a layer's experts are one stack."""
+    return (len(part.names), *part.shape) if _is_stacked(item, part) else part.shape
 
 
 def _read(checkpoint: Checkpoint, info: TensorInfo, place: Tensor) -> None:
@@ -317,7 +325,8 @@ def _check_scale(info: TensorInfo, values: Tensor) -> None:
         raise CheckpointError(info.file, "is 0, and the KV cache is divided by it", info.name)
 
 
-def _finish(item: Item, tensors: dict[str, Tensor]) -> Any:
+def finish(item: Item, tensors: Mapping[str, Tensor]) -> Any:
+    """What the model keeps of a weight: its parts by role become a `Weight`, a tensor or a float."""
     match item.entry.kind, item.format:
         case Kind.SCALE, _:
             return float(tensors["data"]) if tensors else 1.0

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
+
+from nanoserve import svg
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 760, 210, 60, 30, 60
-_COLOURS = ("#1f6f8b", "#d1495b", "#edae49", "#66a182", "#7d5ba6", "#8d6a4f", "#2e4057", "#b56576")
 _LOSSES = ("loss", "draft_loss")
 _NOT_SHARES = {"step", "tokens_s", "waited", "at", *_LOSSES}
 
@@ -35,10 +35,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> str:
         _plot("loss (written tokens)", losses, ticks, last, 0),
         _plot("held-out conversations without a wrong token", right, {"0": 0, "50 %": 0.5, "100 %": 1}, last, 1),
     ]
-    height = 2 * (_TOP + _HEIGHT + _GAP)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LEFT + _WIDTH + 150} {height}"'
-    style = 'font-family="sans-serif" font-size="12"'
-    return f'{head} {style}><rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
+    return svg.document(_LEFT + _WIDTH + 150, 2 * (_TOP + _HEIGHT + _GAP), parts)
 
 
 def _plot(
@@ -51,22 +48,18 @@ def _plot(
     """One plot; all values are in [0, 1] of its width and height."""
     top = _TOP + number * (_TOP + _HEIGHT + _GAP)
 
-    def at(x: float, y: float) -> str:
-        return f"{_LEFT + x * _WIDTH:.1f},{top + (1 - y) * _HEIGHT:.1f}"
+    def at(x: float, y: float) -> tuple[float, float]:
+        return _LEFT + x * _WIDTH, top + (1 - min(max(y, 0), 1)) * _HEIGHT
 
-    out = [f'<text x="{_LEFT}" y="{top - 10}" font-weight="bold">{escape(title)}</text>']
+    out = [svg.text(_LEFT, top - 10, title, bold=True)]
     for label, y in ticks.items():
-        place = top + (1 - y) * _HEIGHT
-        out.append(f'<path d="M{at(0, y)} L{at(1, y)}" stroke="#ddd"/>')
-        out.append(f'<text x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{escape(label)}</text>')
-    out.append(f'<text x="{_LEFT + _WIDTH}" y="{top + _HEIGHT + 18}" text-anchor="end">step {last:,}</text>')
+        out.append(svg.path([at(0, y), at(1, y)], "#ddd"))
+        out.append(svg.text(_LEFT - 6, at(0, y)[1] + 4, label, anchor="end"))
+    out.append(svg.text(_LEFT + _WIDTH, top + _HEIGHT + 18, f"step {last:,}", anchor="end"))
     for index, (name, points) in enumerate(series.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
-        path = " L".join(at(x, min(max(y, 0), 1)) for x, y in points)
-        out.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        out.append(
-            f'<text x="{_LEFT + _WIDTH + 8}" y="{top + 12 + 16 * index}" fill="{colour}">{escape(name)}</text>'
-        )
+        colour = svg.COLOURS[index % len(svg.COLOURS)]
+        out.append(svg.path([at(x, y) for x, y in points], colour, 1.8))
+        out.append(svg.text(_LEFT + _WIDTH + 8, top + 12 + 16 * index, name, colour=colour))
     return "".join(out)
 
 
