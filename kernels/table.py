@@ -21,6 +21,7 @@ from nanoserve.kernels.ssm import SsmWeights
 
 BACKENDS: Mapping[str, Mapping[str, str]] = {
     # op: {backend: "module:function"}, best first. The torch column is each op's meaning and runs anywhere.
+    # Where torch stands before triton, no GPU has yet shown that kernel right and fast: it is taken by name only.
     "add_norm": {"torch": "nanoserve.kernels.norm:add_norm"},
     "gated_norm": {"torch": "nanoserve.kernels.norm:gated_norm"},
     "linear_plain": {"torch": "nanoserve.kernels.linear:linear"},
@@ -30,24 +31,24 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     "conv_prefill": {"torch": "nanoserve.kernels.conv:conv"},
     "ssm_prefill": {"torch": "nanoserve.kernels.ssm:ssm_scan"},
     "mamba_decode": {
-        "triton": "nanoserve.kernels.triton_mamba:mamba_decode",
         "torch": "nanoserve.kernels.mamba:mamba_decode",
+        "triton": "nanoserve.kernels.triton_mamba:mamba_decode",
     },
     "kv_append": {
-        "triton": "nanoserve.kernels.triton_attention:kv_append",
         "torch": "nanoserve.kernels.attention:kv_append",
+        "triton": "nanoserve.kernels.triton_attention:kv_append",
     },
     "attention_prefill": {"torch": "nanoserve.kernels.attention:attention"},
     "attention_decode": {
-        "triton": "nanoserve.kernels.triton_attention:attention_decode",
         "torch": "nanoserve.kernels.attention:attention",
+        "triton": "nanoserve.kernels.triton_attention:attention_decode",
     },
     "router": {"torch": "nanoserve.kernels.router:router"},
     "experts_prefill": {"torch": "nanoserve.kernels.moe:experts"},
     "experts_decode": {"torch": "nanoserve.kernels.moe:experts"},
     "sample": {
-        "triton": "nanoserve.kernels.triton_sample:sample",
         "torch": "nanoserve.kernels.sample:sample",
+        "triton": "nanoserve.kernels.triton_sample:sample",
     },
 }
 
@@ -65,9 +66,14 @@ Requirement = Callable[[torch.device], str | None]
 
 
 def _triton(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "needs a GPU"
-    return None if find_spec("triton") else "triton is not installed"
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "needs an NVIDIA GPU"
+    if not find_spec("triton"):
+        return "needs the triton package, which torch for CUDA brings"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0) and major != 12:
+        return f"needs compute capability 9.0 or 12.x, and this GPU has {major}.{minor}"
+    return None
 
 
 REQUIREMENTS: Mapping[str, Requirement] = {"torch": lambda device: None, "triton": _triton}

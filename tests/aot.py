@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 ARCHITECTURES = ("sm_90", "sm_120", "sm_121")
@@ -32,6 +33,7 @@ _POINTERS = {
     torch.float16: "*fp16",
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.uint8: "*u8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
@@ -89,12 +91,11 @@ class Launch:
 
 
 def _resources(name: str, shared: int, asm: Mapping[str, Any], architecture: str) -> Compiled:
-    tool = "ptxas" if architecture == "sm_90" else "ptxas-blackwell"
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    ptxas = get_ptxas(int(architecture.removeprefix("sm_"))).path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(asm["ptx"])
-        command = [str(ptxas), "-v", f"--gpu-name={architecture}a", str(path), "-o", str(Path(folder) / "out")]
+        command = [ptxas, "-v", f"--gpu-name={architecture}a", str(path), "-o", str(Path(folder) / "out")]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(map(int, re.findall(r"Used (\d+) registers", report)))
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))

@@ -1,6 +1,7 @@
 """The Triton kernels of a decode step, interpreted, against their references: state and rounding too."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import interpreted  # before any kernel
@@ -9,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from nanoserve.kernels import attention, mamba, sample, triton_attention, triton_mamba, triton_sample
+from nanoserve.checkpoint import open_checkpoint
+from nanoserve.config import EngineConfig
+from nanoserve.kernels import attention, mamba, sample, table, tiles, triton_attention, triton_mamba, triton_sample
 from nanoserve.kernels.attention import LayerKV
 from nanoserve.kernels.mamba import MambaState, MambaWeights
 from nanoserve.kernels.sample import NOT_FINITE, SamplerState
 from nanoserve.kernels.ssm import SsmWeights
-from nanoserve.request import SamplingParams
+from nanoserve.request import Request, SamplingParams, Token
 from nanoserve.sampler import begin_sampling, restrict
+from nanoserve.startup import load_engine, prepare
 
 assert interpreted
 FP8, BF16, F32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
@@ -225,3 +229,27 @@ def test_logits_that_are_no_numbers_give_no_token(wrong: float, sampling: dict[s
     triton_sample.sample(logits, state, out, TILE)
     assert int(out) == int(state.drawn[0]) == NOT_FINITE
     assert (int(state.step), float(state.counts.sum())) == (1, 0.0)
+
+
+def test_the_engine_answers_alike_on_these_kernels(
+    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode steps interpreted: the reference's tokens and logprobs."""
+
+    def anywhere(device: torch.device) -> None:
+        return None
+
+    monkeypatch.setattr(table, "REQUIREMENTS", {**table.REQUIREMENTS, "triton": anywhere})
+    coarse = {"mamba_decode": {"block_p": 32, "warps": 4, "fused": 1}, "attention_decode": SMALL, "sample": TILE}
+    monkeypatch.setattr(tiles, "_BASE", coarse)
+    own: dict[str, str] = dict.fromkeys(coarse, "triton") | {"kv_append": "triton"}
+    answers: list[list[tuple[int, float]]] = []
+    for ops in ({}, own):
+        options = EngineConfig(device="cpu", max_context=64, ops=ops)
+        engine = load_engine(prepare(open_checkpoint(random_checkpoint), options), lambda done, total: None)
+        wanted = SamplingParams(max_tokens=4, seed=7, min_p=0.01, logprobs=0, ignore_eos=True)
+        events = engine.generate(Request(tuple(range(30, 50)), wanted))
+        tokens = [event for event in events if isinstance(event, Token)]
+        answers.append([(token.id, token.score.logprob if token.score else 0.0) for token in tokens])
+    assert [id for id, _ in answers[0]] == [id for id, _ in answers[1]]
+    assert [score for _, score in answers[0]] == pytest.approx([score for _, score in answers[1]], abs=1e-4)
