@@ -325,7 +325,8 @@ def in_triton() -> dict[str, str]:
 
 
 def engine_of(path: Path, **options: Any) -> Engine:
-    config = build(EngineConfig, {"max_context": 512, "device": DEVICE.type, **options}, env={})
+    given = {"max_context": 512, "device": DEVICE.type, "dtype": "bfloat16", **options}
+    config = build(EngineConfig, given, env={})
     return load_engine(prepare(open_checkpoint(path), config), lambda done, total: None)
 
 
@@ -373,6 +374,7 @@ def bench_nano(report: Report, decode: str, osl: int, requests: int) -> None:
         decode=decode,  # pyright: ignore[reportArgumentType]
         ops=in_triton(),
         device="cpu" if REHEARSE else "cuda",
+        dtype="bfloat16",
     )
     wanted = BenchOptions(8 if REHEARSE else 2048, osl, requests, breakdown=True)
     if REHEARSE:

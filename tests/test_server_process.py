@@ -177,8 +177,8 @@ class TestProcess:
     def test_a_failed_load(self, start: StartServer) -> None:
         before = time.monotonic()
         process, _ = start(0.0, 0.2, "shape is wrong")
-        _, errors = process.communicate(timeout=10)
-        assert time.monotonic() - before < 5
+        _, errors = process.communicate(timeout=20)
+        assert time.monotonic() - before < 15, "most of it is Python's own start"
         assert process.returncode == 1
         assert errors.splitlines() == ["nanoserve: error: model.safetensors: shape is wrong"]
 
