@@ -80,22 +80,22 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
         "triton": "nanoserve.kernels.triton_experts:router",
     },
     "experts_prefill": {"torch": "nanoserve.kernels.moe:experts"},
-    "experts_decode": {
-        "torch": "nanoserve.kernels.moe:experts",
-        "triton": "nanoserve.kernels.triton_experts:experts",
-    },
     "sample": {
         "torch": "nanoserve.kernels.sample:sample",
         "triton": "nanoserve.kernels.triton_sample:sample",
     },
 }
 
+_COPIES = "copies the table of codes from the host"
 HOST_BOUND: Mapping[tuple[str, str], str] = {
     # (op, backend) of a decode step that no CUDA graph can hold: why not.
-    ("linear_nvfp4", "torch"): "copies the table of codes from the host",
-    ("head", "torch"): "copies the table of codes from the host",
+    ("linear_nvfp4", "torch"): _COPIES,
+    ("head", "torch"): _COPIES,
     ("attention_decode", "torch"): "asks how long the context is",
-    ("experts_decode", "torch"): "asks which experts were chosen",
+    ("linears", "torch"): _COPIES,
+    ("linear_add_norm", "torch"): _COPIES,
+    ("mlp_add_norm", "torch"): _COPIES,
+    ("moe_add_norm", "torch"): "asks which experts were chosen",
     ("sample", "torch"): "takes the request's numbers from the host",
 }
 
@@ -153,7 +153,6 @@ class Ops:
     attention_decode: Attend
     router: Callable[[Tensor, Tensor, Tensor, int, float, bool], tuple[Tensor, Tensor]]
     experts_prefill: Experts
-    experts_decode: Experts
     sample: Callable[[Tensor, SamplerState, Tensor], None]
     report: tuple[Resolution, ...]
 

@@ -1,7 +1,8 @@
-"""The four mixers of Nemotron-H. Every layer is one of them: x = x + mixer(norm(x)).
+"""The four mixers of Nemotron-H. Every layer is one of them: stream = stream + mixer(norm(stream)).
 
-A mixer holds its weights and works on a `Span`: consecutive tokens of one sequence. What it computes with
-stands in the op table; the mathematics is in the ops' references.
+A mixer holds its weights and works on a `Span`: consecutive tokens of one sequence. It takes the normed stream and
+ends in the op that adds its result to the residual stream and applies the norm in front of the next layer, so that
+one kernel can do it all. What it computes with stands in the op table; the ops' references have the mathematics.
 """
 
 from dataclasses import dataclass
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor
 
 from nanoserve.cache import Cache, Sequence
+from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import Weight, relu2
 from nanoserve.kernels.mamba import MambaWeights
 from nanoserve.kernels.ssm import SsmWeights
 from nanoserve.kernels.table import Ops
 from nanoserve.models.config import NemotronHConfig
+
+Joined = tuple[Tensor, Tensor]
+"""(the residual stream after a layer, its norm for the next), [T, H] each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +57,15 @@ class Mamba:
     dt_bias: Tensor
     norm: Tensor
 
-    def __call__(self, x: Tensor, span: Span) -> Tensor:
-        """[T, H] → [T, H]; advances the layer's conv and SSM state."""
+    def __call__(self, x: Tensor, stream: Tensor, after: Norm, span: Span) -> Joined:
+        """Advances the layer's conv and SSM state."""
         c, ops, slot = self.config, self.ops, span.sequence.slot
         weights, state = SsmWeights(self.a_log, self.d, self.dt_bias), span.cache.mamba(self.index, slot)
         projected = ops.linear(x, self.in_proj)
         if span.decode:
             between = MambaWeights(self.conv_weight, self.conv_bias, weights, self.norm, c.eps)
-            return ops.linear(ops.mamba_decode(projected, between, state), self.out_proj)
+            y = ops.mamba_decode(projected, between, state)
+            return ops.linear_add_norm(y, self.out_proj, stream, after)
         z, xbc, dt = projected.split([c.d_inner, c.conv_dim, c.mamba_heads], dim=-1)
         xbc = ops.conv_prefill(xbc, self.conv_weight, self.conv_bias, state.conv)
         bc_size = c.groups * c.state_size
@@ -68,7 +74,7 @@ class Mamba:
         b, c_ = (m.unflatten(-1, (c.groups, c.state_size)) for m in (b, c_))
         y = ops.ssm_prefill(heads, dt, b, c_, weights, state.ssm, c.chunk_size)
         y = ops.gated_norm(y.flatten(1), z, self.norm, c.groups, c.eps)
-        return ops.linear(y, self.out_proj)
+        return ops.linear_add_norm(y, self.out_proj, stream, after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,72 +89,55 @@ class Attention:
     v_proj: Weight
     o_proj: Weight
 
-    def __call__(self, x: Tensor, span: Span) -> Tensor:
-        """[T, H] → [T, H]; appends to the layer's KV pages."""
+    def __call__(self, x: Tensor, stream: Tensor, after: Norm, span: Span) -> Joined:
+        """Appends to the layer's KV pages."""
         c, ops = self.config, self.ops
         kv, table = span.cache.kv[self.index], span.sequence.page_table
-        q = ops.linear(x, self.q_proj).unflatten(-1, (c.attention_heads, c.head_dim))
-        k, v = (ops.linear(x, w).unflatten(-1, (c.kv_heads, c.head_dim)) for w in (self.k_proj, self.v_proj))
+        heads = (
+            m.unflatten(-1, (-1, c.head_dim)) for m in ops.linears(x, (self.q_proj, self.k_proj, self.v_proj))
+        )
+        q, k, v = heads
         ops.kv_append(k, v, kv, table, span.positions)
         attend = ops.attention_decode if span.decode else ops.attention_prefill
-        return ops.linear(attend(q, kv, table, span.positions).flatten(1), self.o_proj)
+        mixed = attend(q, kv, table, span.positions).flatten(1)
+        return ops.linear_add_norm(mixed, self.o_proj, stream, after)
 
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """A dense layer, or a shared expert: down(relu(up(x))²)."""
+    """A dense layer: down(relu(up(x))²)."""
 
     ops: Ops
     up_proj: Weight
     down_proj: Weight
 
-    def __call__(self, x: Tensor, span: Span) -> Tensor:
-        """[T, H] → [T, H]."""
-        return self.ops.linear(relu2(self.ops.linear(x, self.up_proj)), self.down_proj)
-
-
-@dataclass(frozen=True, slots=True)
-class Latent:
-    """The projections around the routed experts of models whose experts work at a smaller width."""
-
-    fc1: Weight
-    fc2: Weight
+    def __call__(self, x: Tensor, stream: Tensor, after: Norm, span: Span) -> Joined:
+        """Keeps no state."""
+        return self.ops.mlp_add_norm(x, self.up_proj, self.down_proj, stream, after)
 
 
 @dataclass(frozen=True, slots=True)
 class MoE:
     """Routed experts (at latent width, if there is one) plus one shared expert at full width."""
 
-    config: NemotronHConfig
     ops: Ops
-    gate: Tensor
-    bias: Tensor
-    up: Weight
-    down: Weight
-    shared: Mlp
-    latent: Latent | None
+    weights: MoeWeights
 
-    def __call__(self, x: Tensor, span: Span) -> Tensor:
-        """[T, H] → [T, H]; router and shared expert read the full x, also where there is a latent."""
-        c, ops = self.config, self.ops
-        ids, weights = ops.router(x, self.gate, self.bias, c.top_k, c.routed_scale, c.norm_topk)
-        experts = ops.experts_decode if span.decode else ops.experts_prefill
-        narrow = ops.linear(x, self.latent.fc1) if self.latent else x
-        routed = experts(narrow, ids, weights, self.up, self.down)
-        if self.latent:
-            routed = ops.linear(routed, self.latent.fc2)
-        return routed + self.shared(x, span)
+    def __call__(self, x: Tensor, stream: Tensor, after: Norm, span: Span) -> Joined:
+        """Keeps no state; router and shared expert read the full x, also where there is a latent."""
+        ops, w = self.ops, self.weights
+        if span.decode:
+            return ops.moe_add_norm(x, w, stream, after)
+        ids, weights = ops.router(x, w.gate, w.bias, w.top_k, w.scale, w.normalize)
+        narrow = ops.linear(x, w.latent_in) if w.latent_in else x
+        routed = ops.experts_prefill(narrow, ids, weights, w.up, w.down)
+        if w.latent_out:
+            routed = ops.linear(routed, w.latent_out)
+        shared = ops.linear(relu2(ops.linear(x, w.shared_up)), w.shared_down)
+        return ops.add_norm(stream, routed + shared, after.weight, after.eps)
 
 
 Mixer = Mamba | Attention | Mlp | MoE
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A norm and a mixer."""
-
-    norm: Tensor
-    mixer: Mixer
 
 
 def span_of(ids: Tensor, sequence: Sequence, cache: Cache, *, decode: bool) -> Span:

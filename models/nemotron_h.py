@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanoserve.kernels.fused import MoeWeights, Norm, tickets
 from nanoserve.kernels.linear import Weight
 from nanoserve.kernels.table import Ops
 from nanoserve.models.config import NemotronHConfig
-from nanoserve.models.layers import Attention, Latent, Layer, Mamba, Mixer, Mlp, MoE, Span
+from nanoserve.models.layers import Attention, Mamba, Mixer, Mlp, MoE, Span
 
 Fields = Mapping[tuple[int | None, str], Any]
 """(layer, field) of the WEIGHTS table → what the loader made of it: a `Weight`, a tensor, or a float."""
@@ -18,29 +19,41 @@ Fields = Mapping[tuple[int | None, str], Any]
 
 @dataclass(frozen=True, slots=True)
 class NemotronH:
-    """The model over an op table; it holds no state of a sequence. ``dtype`` is the activations'."""
+    """The model over an op table; it holds no state of a sequence.
+
+    Attributes:
+        config: its geometry.
+        ops: what it computes with.
+        dtype: the activations'.
+        embeddings: [V, H].
+        layers: in their order.
+        norms: in front of each layer, and of the head.
+        lm_head: [V, H].
+    """
 
     config: NemotronHConfig
     ops: Ops
     dtype: torch.dtype
     embeddings: Tensor
-    layers: tuple[Layer, ...]
-    norm_f: Tensor
+    layers: tuple[Mixer, ...]
+    norms: tuple[Norm, ...]
     lm_head: Weight
 
     @classmethod
     def build(cls, config: NemotronHConfig, ops: Ops, dtype: torch.dtype, fields: Fields) -> "NemotronH":
         """Put loaded weights in their places."""
-        layers: list[Layer] = []
+        layers: list[Mixer] = []
+        norms: list[Tensor] = []
         counts = {"M": 0, "*": 0}
         for index, letter in enumerate(config.pattern):
             own = {field: value for (layer, field), value in fields.items() if layer == index}
-            mixer = _mixer(letter, config, ops, counts.get(letter, 0), own)
-            layers.append(Layer(own["layer_norm"], mixer))
+            layers.append(_mixer(letter, config, ops, counts.get(letter, 0), own))
+            norms.append(own["layer_norm"])
             if letter in counts:
                 counts[letter] += 1
         whole = {field: value for (layer, field), value in fields.items() if layer is None}
-        return cls(config, ops, dtype, whole["embeddings"], tuple(layers), whole["norm_f"], whole["lm_head"])
+        owned = tuple(Norm.of(weight, config.eps) for weight in (*norms, whole["norm_f"]))
+        return cls(config, ops, dtype, whole["embeddings"], tuple(layers), owned, whole["lm_head"])
 
     def forward(self, span: Span) -> Tensor:
         """Advance the sequence's state over a span.
@@ -51,12 +64,11 @@ class NemotronH:
         Returns:
             Hidden states after the final norm, [T, H].
         """
-        x = self.embeddings[span.ids].to(self.dtype)
-        delta: Tensor | None = None
-        for layer in self.layers:
-            x, normed = self.ops.add_norm(x, delta, layer.norm, self.config.eps)
-            delta = layer.mixer(normed, span)
-        return self.ops.add_norm(x, delta, self.norm_f, self.config.eps)[1]
+        x, first = self.embeddings[span.ids].to(self.dtype), self.norms[0]
+        stream, normed = self.ops.add_norm(x, None, first.weight, first.eps)
+        for layer, after in zip(self.layers, self.norms[1:], strict=True):
+            stream, normed = layer(normed, stream, after, span)
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, H] → float32 [T, V]."""
@@ -75,6 +87,21 @@ def _mixer(letter: str, config: NemotronHConfig, ops: Ops, index: int, own: dict
         case "-":
             return Mlp(ops, own["up_proj"], own["down_proj"])
         case _:
-            latent = Latent(own["fc1"], own["fc2"]) if config.latent_size else None
-            shared = Mlp(ops, own["shared_up"], own["shared_down"])
-            return MoE(config, ops, own["gate"], own["bias"], own["up"], own["down"], shared, latent)
+            return MoE(ops, _experts(config, own))
+
+
+def _experts(c: NemotronHConfig, own: dict[str, Any]) -> MoeWeights:
+    return MoeWeights(
+        gate=own["gate"],
+        bias=own["bias"],
+        top_k=c.top_k,
+        scale=c.routed_scale,
+        normalize=c.norm_topk,
+        up=own["up"],
+        down=own["down"],
+        shared_up=own["shared_up"],
+        shared_down=own["shared_down"],
+        latent_in=own["fc1"] if c.latent_size else None,
+        latent_out=own["fc2"] if c.latent_size else None,
+        tickets=torch.zeros(tickets(c.hidden_size), dtype=torch.int32, device=own["gate"].device),
+    )

@@ -15,13 +15,13 @@ from torch import Tensor
 from nanoserve.engine import Engine
 from nanoserve.graph import Capture, Decoder
 from nanoserve.kernels.attention import LayerKV
-from nanoserve.kernels.linear import Fp8, Nvfp4, Plain
+from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.mamba import MambaState
 from nanoserve.kernels.sample import SamplerState
 from nanoserve.kernels.table import HOST_BOUND, Ops
-from nanoserve.models.layers import Attention, Layer, Mamba, Mixer, MoE
+from nanoserve.models.layers import Attention, Mamba, Mixer, MoE
 from nanoserve.request import Request, SamplingParams
-from nanoserve.traffic import nbytes
+from nanoserve.traffic import moe_traffic, nbytes
 
 _REPEATS = 20
 _TOKENS = 64
@@ -58,7 +58,7 @@ def watched(engine: Engine, watch: Watch) -> Engine:
     def mixer(mixer: Mixer) -> Mixer:
         match mixer:
             case MoE():
-                return replace(mixer, ops=ops("moe"), shared=replace(mixer.shared, ops=ops("shared")))
+                return replace(mixer, ops=ops("moe"))
             case Mamba():
                 return replace(mixer, ops=ops("mamba"))
             case Attention():
@@ -66,7 +66,7 @@ def watched(engine: Engine, watch: Watch) -> Engine:
             case _:
                 return replace(mixer, ops=ops("mlp"))
 
-    layers = tuple(Layer(layer.norm, mixer(layer.mixer)) for layer in engine.model.layers)
+    layers = tuple(mixer(layer) for layer in engine.model.layers)
     model = replace(engine.model, ops=ops("model"), layers=layers)
     decoder = Decoder.make(model, engine.cache, engine.buffers, engine.sampler, None)
     return replace(engine, model=model, decoder=decoder)
@@ -79,12 +79,12 @@ def routing_spread(engine: Engine) -> dict[str, float] | None:
         return None
 
     def watch(place: str, op: str, function: Function) -> Function:
-        def routed(*arguments: Any) -> Any:
-            result = function(*arguments)
-            chosen.setdefault(id(arguments[1]), []).append(result[0])
-            return result
+        def routed(x: Tensor, w: MoeWeights, *others: Any) -> Any:
+            ids, _ = engine.model.ops.router(x, w.gate, w.bias, w.top_k, w.scale, w.normalize)
+            chosen.setdefault(id(w), []).append(ids)
+            return function(x, w, *others)
 
-        return routed if op == "router" else function
+        return routed if op == "moe_add_norm" else function
 
     tokens = min(_TOKENS, engine.max_context - 1)
     sampling = SamplingParams(max_tokens=tokens, seed=1, ignore_eos=True)
@@ -217,8 +217,10 @@ def _bytes(op: str, arguments: tuple[Any, ...], context: int) -> int:
     total = 0
     for argument in arguments:
         match argument:
-            case Plain() | Fp8() | Nvfp4() if argument.data.dim() == 3:  # a stack of experts, of which ids chooses
-                total += nbytes(argument) * arguments[1].numel() // len(argument.data)
+            case MoeWeights():
+                total += sum(moe_traffic(argument).values())
+            case Norm():
+                total += argument.weight.nbytes
             case MambaState():
                 total += 2 * nbytes((argument.conv, argument.ssm))
             case LayerKV():

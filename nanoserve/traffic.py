@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nanoserve.engine import Engine
+from nanoserve.kernels.fused import MoeWeights
 from nanoserve.models.layers import Attention, Mamba, Mlp, MoE
 
 _GPU_BYTES, _CPU_BYTES = 4 << 30, 256 << 20
@@ -22,8 +23,8 @@ def token_traffic(engine: Engine, context: float) -> dict[str, int]:
     """
     model, config = engine.model, engine.model.config
     total: Counter[str] = Counter({"embedding": model.embeddings[0].nbytes, "head": nbytes(model.lm_head)})
-    total["norms"] = nbytes(model.norm_f) + sum(nbytes(layer.norm) for layer in model.layers)
-    for mixer in (layer.mixer for layer in model.layers):
+    total["norms"] = sum(norm.weight.nbytes for norm in model.norms)
+    for mixer in model.layers:
         match mixer:
             case Mamba():
                 total["mamba"] += nbytes(mixer)
@@ -32,13 +33,20 @@ def token_traffic(engine: Engine, context: float) -> dict[str, int]:
             case Mlp():
                 total["mlp"] += nbytes(mixer)
             case MoE():
-                total["router"] += nbytes((mixer.gate, mixer.bias))
-                total["experts"] += nbytes((mixer.up, mixer.down)) * config.top_k // config.experts
-                total["shared"] += nbytes(mixer.shared)
-                total["latent"] += nbytes(mixer.latent)
+                total.update(moe_traffic(mixer.weights))
     total["state"] = 2 * engine.cache.shape.state_bytes(config)
     total["kv"] = round(engine.cache.shape.kv_bytes_per_token(config) * context)
     return {family: count for family, count in total.items() if count}
+
+
+def moe_traffic(w: MoeWeights) -> dict[str, int]:
+    """Bytes of weights that one token reads in a mixture of experts, by family."""
+    return {
+        "router": nbytes((w.gate, w.bias)),
+        "experts": nbytes((w.up, w.down)) * w.top_k // len(w.gate),
+        "shared": nbytes((w.shared_up, w.shared_down)),
+        "latent": nbytes((w.latent_in, w.latent_out)),
+    }
 
 
 def nbytes(value: Any) -> int:

@@ -1,6 +1,6 @@
 """By hand, on a machine with a GPU: decode kernels, graph and benchmark, in one call of under 9 minutes.
 
-    PYTHONPATH=. python tests/gpu_decode.py COMMIT $OUT
+    PYTHONPATH=. python tests/gpu_decode.py COMMIT $OUT [SECTION ...]
 
 On a CPU, in Triton's interpreter and at tiny sizes, to see that the script itself is in order:
 
@@ -11,7 +11,8 @@ On a CPU, in Triton's interpreter and at tiny sizes, to see that the script itse
 3. greedy and seeded tokens: torch, Triton op by op, and Triton as a graph (the last two bit for bit);
 4. nanoserve bench --shape nano, op by op and as a graph, with --breakdown.
 
-Every section writes what it has to gpu_decode.json at once, and a fault in one leaves the others to run.
+Every section writes what it has to gpu_decode.json at once (gpu_decode_SECTION.json where sections are named), and
+a fault in one leaves the others to run.
 """
 
 import json
@@ -404,15 +405,17 @@ def main() -> None:
     if REHEARSE:
         traffic._CPU_BYTES, breakdown._TOKENS = 1 << 20, 2  # pyright: ignore[reportPrivateUsage]
         table.REQUIREMENTS = {**table.REQUIREMENTS, "triton": lambda device: None}  # pyright: ignore
-    report = Report(Path(sys.argv[2]) / "gpu_decode.json")
+    report = Report(Path(sys.argv[2]) / f"{'_'.join(('gpu_decode', *sys.argv[3:4]))}.json")
     name = "rehearsal" if REHEARSE else torch.cuda.get_device_name()
     report.add("head", {"commit": sys.argv[1], "torch": torch.__version__, "device": name})
     say(f"{name}, torch {torch.__version__}, triton ops: {', '.join(in_triton())}")
-    for section in (
+    sections = (
         check_mamba, check_attention, check_sampler, check_tokens,
         bench_graph, time_mamba, time_attention, time_sampler, bench_eager,
-    ):  # fmt: skip
-        report.section(section.__name__, section)
+    )  # fmt: skip
+    for section in sections:
+        if not (wanted := sys.argv[3:]) or section.__name__ in wanted:
+            report.section(section.__name__, section)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """By hand, on a machine with a GPU: the weight-reading Triton kernels, checked and timed. Not collected by pytest.
 
-    PYTHONPATH=. python tests/gpu_matvec.py OUT [SECONDS]
+    PYTHONPATH=. python tests/gpu_matvec.py OUT [SECONDS] [--checks]
 
 1. Every kernel against its reference, on fresh random inputs at released sizes; twice, which must give equal bits.
 2. A chain of layers as a CUDA graph with early launches, against the same chain with a stop after every launch.
@@ -9,8 +9,8 @@
    the second cache holds), in a CUDA graph, one launch after another; the best go to OUT/weight_tiles.json.
 5. Whole layers with the best tiles; the products of `bench --dense` at 1 … 16 tokens; many tokens.
 
-Everything is compiled beforehand by worker processes. What does not fit the SECONDS (480) is left out, and said.
-Numbers go to OUT/matvec.json as they come.
+With --checks it ends after 2. Everything is compiled beforehand by worker processes. What does not fit the SECONDS
+(480) is left out, and said. Numbers go to OUT/matvec.json as they come.
 """
 
 import json
@@ -275,7 +275,9 @@ def save_tiles(folder: Path, best: dict[tuple[str, str], Tile]) -> None:
 
 
 def main() -> None:
-    folder, seconds = Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 480.0
+    only_checks = "--checks" in sys.argv
+    folder, *rest = [word for word in sys.argv[1:] if word != "--checks"]
+    folder, seconds = Path(folder), float(rest[0]) if rest else 480.0
     report = Report(folder, seconds)
     card = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     report.add("card", card, str(card))
@@ -290,6 +292,8 @@ def main() -> None:
         except Exception as error:  # noqa: BLE001 what one finds must not hide what the next would
             traceback.print_exc()
             report.add(check.__name__, {"error": repr(error)}, f"{check.__name__} FAILED: {error!r}")
+    if only_checks:
+        return
     torch.cuda.empty_cache()
     ceiling = read_ceiling()
     report.add("ceiling", ceiling, f"read only: {ceiling:.2f} TB/s; {report.left():.0f} s left")
