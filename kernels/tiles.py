@@ -38,7 +38,12 @@ def tile_of(op: str, device: torch.device) -> Tile:
     return TILES.get(chip, _BASE)[op] if chip else _BASE[op]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: int) -> None:
+def dependent(device: torch.device, *, early: int = 1) -> dict[str, Any]:
+    """Options for a launch that may begin before the one in front of it has ended."""
+    return {"PDL": early, "launch_pdl": True} if early and device.type != "cpu" else {"PDL": 0}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
     """Launch a Triton kernel, whose own types say nothing of a launch."""
     kernel[grid](*arguments, **options)
 

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoserve.kernels.attention import LayerKV
-from nanoserve.kernels.tiles import Tile, launch, power_of_two, tile_of
+from nanoserve.kernels.tiles import Tile, dependent, launch, power_of_two, tile_of
+from nanoserve.kernels.triton_tile import producers_done
 
 
 @triton.jit
@@ -43,6 +44,7 @@ def append_kernel(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Grid (tokens,); WIDTH is kv_heads * head_dim."""
     token = tl.program_id(0)
@@ -50,6 +52,8 @@ def append_kernel(
     inside = place < WIDTH
     position = tl.load(positions + token)
     page = tl.load(page_table + position // PAGE).to(tl.int64)
+    zero = producers_done(PDL)
+    k, v = k + zero, v + zero
     target = (page * PAGE + position % PAGE) * WIDTH + place
     keys = _stored(tl.load(k + token * k_row + place, mask=inside, other=0.0), k_scale, FP8)
     tl.store(k_pages + target, keys.to(k_pages.dtype.element_ty), mask=inside)
@@ -84,6 +88,7 @@ def split_kernel(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Grid (kv_heads, SPLITS). Row r of a KV head's tile is query head r % GROUP of token r // GROUP.
 
@@ -95,8 +100,10 @@ def split_kernel(
     length = first + TOKENS
     share = _share(length, BLOCK, SPLITS)
     start = split * share
+    zero = producers_done(PDL)
     if start >= length:
         return
+    q, k_pages, v_pages = q + zero, k_pages + zero, v_pages + zero
     end = tl.minimum(start + share, length)
     rows, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     token, member = rows // GROUP, rows % GROUP
@@ -152,12 +159,15 @@ def combine_kernel(
     BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Grid (tokens, heads): the splits of one row, in their order."""
     token, query = tl.program_id(0), tl.program_id(1)
     head, member = query // GROUP, query % GROUP
     length = tl.load(positions).to(tl.int32) + TOKENS
     used = tl.cdiv(length, _share(length, BLOCK, SPLITS))
+    zero = producers_done(PDL)
+    sums, tops, weights = sums + zero, tops + zero, weights + zero
     split, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     row = (head * SPLITS + split) * (TOKENS * GROUP) + token * GROUP + member
     top = tl.load(tops + row, mask=split < used, other=float("-inf"))
@@ -177,7 +187,8 @@ def kv_append(k: Tensor, v: Tensor, cache: LayerKV, page_table: Tensor, position
     launch(
         append_kernel, (tokens,),
         k, v, k.stride(0), v.stride(0), cache.k, cache.v, page_table, positions, cache.k_scale, cache.v_scale,
-        width, cache.k.shape[1], power_of_two(width), cache.k.dtype == torch.float8_e4m3fn, num_warps=4,
+        width, cache.k.shape[1], power_of_two(width), cache.k.dtype == torch.float8_e4m3fn,
+        num_warps=4, **dependent(k.device),
     )  # fmt: skip
 
 
@@ -201,10 +212,12 @@ def attention_decode(
         q, cache.k, cache.v, page_table, positions, sums, tops, weights,
         cache.k_scale * math.log2(math.e) / math.sqrt(dim),
         tokens, kv_heads, group, dim, page, splits, rows, block, block_d, tile["stages"], num_warps=warps,
+        **dependent(q.device),
     )  # fmt: skip
     launch(
         combine_kernel, (tokens, heads,),
         positions, sums, tops, weights, out, cache.v_scale,
         tokens, kv_heads, group, dim, splits, block, power_of_two(splits), block_d, num_warps=8,
+        **dependent(q.device),
     )  # fmt: skip
     return out

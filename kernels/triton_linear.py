@@ -9,6 +9,7 @@ from torch import Tensor
 from nanoserve.errors import BackendError
 from nanoserve.kernels.fused import GATE_TICKETS, Norm
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight, relu2
+from nanoserve.kernels.tiles import blocks, dependent, launch, power_of_two
 from nanoserve.kernels.triton_gemm import gemm_kernel
 from nanoserve.kernels.triton_skinny import linears_kernel
 from nanoserve.kernels.triton_stream import add_norm_kernel, linear_add_norm_kernel
@@ -67,32 +68,12 @@ def shape_options(tile: Tile, tokens: int, device: torch.device) -> dict[str, An
     }
 
 
-def dependent(device: torch.device, *, early: int = 1) -> dict[str, Any]:
-    """Options for a launch that may begin before the one in front of it has ended."""
-    return {"PDL": early, "launch_pdl": True} if early and device.type != "cpu" else {"PDL": 0}
-
-
 def ahead(tile: Tile, device: torch.device, *weights: Stored) -> int:
     """Bytes of each row to fetch while the launch before ends: all, where the second cache holds the weights."""
     if not tile.early or device.type == "cpu":
         return 0
     total = sum(view.rows * view.columns * view.bits // 8 for view in weights)
     return 1 << 20 if total <= FETCHED else tile.slots * tile.chunk * (tile.stages - 1)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
-    """Launch a Triton kernel, whose own types say nothing of a launch."""
-    kernel[grid](*arguments, **options)
-
-
-def blocks(count: int, block: int) -> int:
-    """How many blocks cover ``count``."""
-    return -(-count // block)
-
-
-def power_of_two(count: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << (count - 1).bit_length()
 
 
 def checked(x: Tensor) -> Tensor:

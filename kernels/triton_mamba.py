@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoserve.kernels.mamba import MambaState, MambaWeights
-from nanoserve.kernels.tiles import Tile, blocks, launch, power_of_two, tile_of
+from nanoserve.kernels.tiles import Tile, blocks, dependent, launch, power_of_two, tile_of
+from nanoserve.kernels.triton_tile import producers_done
 
 
 @triton.jit
@@ -141,6 +142,7 @@ def mamba_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
     FUSED: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Grid (heads, blocks of BLOCK_P rows). Without FUSED, `norm_kernel` must follow."""
     head, block = tl.program_id(0), tl.program_id(1)
@@ -152,9 +154,11 @@ def mamba_kernel(
     rows, columns = p < SIZE, n < STATES
     place = state + (head * SIZE + p)[:, None] * STATES + n[None, :]
     both = rows[:, None] & columns[None, :]
-    s = tl.load(place, mask=both, other=0.0)  # first, for it is the long way
+    # First, for it is the long way; and in front of the wait: what wrote it belongs to another step.
+    s = tl.load(place, mask=both, other=0.0)
     decay_rate = -tl.exp(tl.load(a_log + head))
     skip_weight, bias = tl.load(d + head), tl.load(dt_bias + head)
+    projected += producers_done(PDL)
     x_channel = head * SIZE + p
     b_channel = inner + group * STATES + n
     c_channel = inner + (GROUPS + group) * STATES + n
@@ -197,8 +201,10 @@ def norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Grid (groups,): the second launch of a `mamba_kernel` that is not FUSED."""
+    gated += producers_done(PDL)
     _end_group(
         tl.program_id(0), projected, row, conv_state, norm, gated, out, eps,
         TOKENS, INNER, STATES, GROUPS, WIDTH, BLOCK_N, BLOCK_G,
@@ -221,12 +227,12 @@ def mamba_decode(projected: Tensor, weights: MambaWeights, state: MambaState, ti
         weights.ssm.a_log, weights.ssm.d, weights.ssm.dt_bias, state.ssm, weights.norm,
         gated, out, state.tickets, weights.eps,
         tokens, heads, size, states, groups, width, block_p, block_n, block_g, bool(tile["fused"]),
-        num_warps=tile["warps"],
+        num_warps=tile["warps"], **dependent(out.device),
     )  # fmt: skip
     if not tile["fused"]:
         launch(
             norm_kernel, (groups,),
             projected, projected.stride(0), state.conv, weights.norm, gated, out, weights.eps,
-            tokens, inner, states, groups, width, block_n, block_g, num_warps=4,
+            tokens, inner, states, groups, width, block_n, block_g, num_warps=4, **dependent(out.device),
         )  # fmt: skip
     return out

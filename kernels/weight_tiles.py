@@ -1,8 +1,11 @@
 """How the weight-reading kernels are cut for each chip: tuned choices as data; an engine's start tries nothing."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -69,9 +72,18 @@ def gemm_tile(bits: int, tokens: int) -> GemmTile:
     return GemmTile(128, 128, columns, warps=8)
 
 
-TUNED: Mapping[tuple[int, int], Mapping[tuple[int, int, int], Tile]] = {(9, 0): {}, (12, 0): {}, (12, 1): {}}
-"""Compute capability → (bits of a weight, rows, columns) → tile. H100 and H200 are 9.0, RTX PRO 6000 is 12.0, DGX
-Spark 12.1. tests/gpu_matvec.py measures them."""
+@cache
+def tuned_tiles(chip: tuple[int, int]) -> Mapping[tuple[int, int, int], Tile]:
+    """(bits of a weight, rows, columns) → the tile that was the fastest, as tests/gpu_matvec.py measured it.
+
+    From tiles/sm_NM.json beside this file; nothing, where no one has measured on that chip. H100 and H200 are
+    sm_90, RTX PRO 6000 is sm_120, and DGX Spark sm_121.
+    """
+    path = Path(__file__).parent / "tiles" / "sm_{}{}.json".format(*chip)
+    if not path.exists():
+        return {}
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return {(row["bits"], row["rows"], row["columns"]): Tile(**row["tile"]) for row in rows}
 
 
 class Cut(Protocol):
@@ -103,7 +115,7 @@ def tiles_for(chip: tuple[int, int]) -> Cut:
     """The `Cut` of a chip that need not be here."""
 
     def cut(bits: int, rows: int, columns: int, device: torch.device, *, tokens: int = 1, copies: int = 1) -> Tile:
-        tuned = TUNED.get(chip, {}).get((bits, rows, columns))
+        tuned = tuned_tiles(chip).get((bits, rows, columns))
         return fitted(tuned or untuned(bits, rows, columns, copies), bits, tokens)
 
     return cut

@@ -1,15 +1,16 @@
 """By hand, on a machine with a GPU: the weight-reading Triton kernels, checked and timed. Not collected by pytest.
 
-    PYTHONPATH=. python tests/gpu_matvec.py OUT [SECONDS] [--checks]
+    PYTHONPATH=. python tests/gpu_matvec.py OUT [SECONDS] [--checks | --tiles]
 
 1. Every kernel against its reference, on fresh random inputs at released sizes; twice, which must give equal bits.
 2. A chain of layers as a CUDA graph with early launches, against the same chain with a stop after every launch.
 3. What the card gives at most: a read of 4 GiB. What a launch costs.
 4. Tiles: microseconds of every cut worth trying at the released shapes, cold (weights rotate through more than
-   the second cache holds), in a CUDA graph, one launch after another; the best go to OUT/weight_tiles.json.
+   the second cache holds), in a CUDA graph, one launch after another; the best go to OUT/sm_NM.json, whose place
+   is kernels/tiles/.
 5. Whole layers with the best tiles; the products of `bench --dense` at 1 … 16 tokens; many tokens.
 
-With --checks it ends after 2. Everything is compiled beforehand by worker processes. What does not fit the SECONDS
+With --checks it ends after 2; with --tiles only 5's layers are timed. Everything is compiled beforehand by worker processes. What does not fit the SECONDS
 (480) is left out, and said. Numbers go to OUT/matvec.json as they come.
 """
 
@@ -156,8 +157,6 @@ def tune(report: Report, pool: ProcessPoolExecutor, ceiling: float) -> dict[tupl
 
 
 def variants(tile: Tile, kind: str) -> Iterator[Tile]:
-    yield replace(tile, early=0)
-    yield replace(tile, early=2)
     yield replace(tile, rows=32)
     if kind in ("out_proj", "o_proj", "down", "back"):
         yield replace(tile, fused=False)
@@ -172,12 +171,11 @@ def print_best(
         return
     tile = min(times, key=lambda t: times[t])
     us, rate = times[tile], size / times[tile] / 1e6
-    late = times.get(replace(tile, early=0), float("nan"))
     everything = sorted(((us, asdict(t)) for t, us in times.items()), key=lambda row: row[0])
     line = (
         f"{name:9} {kind:8} {size / 1e6:6.1f} MB {us:7.2f} us {rate:5.2f} TB/s {100 * rate / ceiling:3.0f} %"
-        f"  rows {tile.rows} chunk {tile.chunk} slots {tile.slots} stages {tile.stages} early {tile.early}"
-        f" fused {tile.fused} | not early {late:.2f}, worst {everything[-1][0]:.2f}"
+        f"  rows {tile.rows} chunk {tile.chunk} slots {tile.slots} stages {tile.stages} parts {tile.parts}"
+        f" fused {tile.fused} | worst {everything[-1][0]:.2f}"
     )
     report.add(f"tiles {name} {kind}", {"MB": size / 1e6, "us": us, "all": everything}, line)
 
@@ -255,8 +253,8 @@ def time_launches(report: Report) -> None:
 
 
 def save_tiles(folder: Path, best: dict[tuple[str, str], Tile]) -> None:
-    """As `weight_tiles.TUNED` wants them: (bits, rows, columns) → tile."""
-    rows: dict[str, dict[str, Any]] = {}
+    """As `weight_tiles.tuned_tiles` reads them."""
+    rows: dict[tuple[int, int, int], dict[str, Any]] = {}
     for (name, kind), tile in best.items():
         s = SHAPES[name]
         place = {
@@ -270,13 +268,16 @@ def save_tiles(folder: Path, best: dict[tuple[str, str], Tile]) -> None:
             "down": (4, s.latent or s.hidden, s.size),
             "back": (16, s.hidden, s.latent),
         }[kind]
-        rows[str(place)] = asdict(tile)
-    (folder / "weight_tiles.json").write_text(json.dumps(rows, indent=1))
+        rows[place] = asdict(tile)
+    named = [dict(zip(("bits", "rows", "columns"), place, strict=True)) for place in rows]
+    lines = [json.dumps({**key, "tile": tile}) for key, tile in zip(named, rows.values(), strict=True)]
+    major, minor = torch.cuda.get_device_capability()
+    (folder / f"sm_{major}{minor}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def main() -> None:
     only_checks = "--checks" in sys.argv
-    folder, *rest = [word for word in sys.argv[1:] if word != "--checks"]
+    folder, *rest = [word for word in sys.argv[1:] if not word.startswith("--")]
     folder, seconds = Path(folder), float(rest[0]) if rest else 480.0
     report = Report(folder, seconds)
     card = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
@@ -303,8 +304,10 @@ def main() -> None:
         best = tune(report, pool, ceiling)
         save_tiles(folder, best)
         time_layers(report, best, ceiling)
-        time_dense(report, pool, ceiling)
-    time_many(report)
+        if "--tiles" not in sys.argv:
+            time_dense(report, pool, ceiling)
+    if "--tiles" not in sys.argv:
+        time_many(report)
     print(f"{report.left():.0f} s left")
 
 
