@@ -217,8 +217,8 @@ def up_kernel(
 ) -> None:
     """Set out [T * TOP, rows] = relu(x @ w[ids].T)²; grid (blocks of BN rows, T * TOP).
 
-    With AHEAD (bytes of a row), the launch before says in ``chosen`` that ``ids`` are there, and the weights of this
-    one are fetched while that one still reads its own.
+    With AHEAD (bytes of a row), the launch before says in ``chosen`` that ``ids`` are there, and the weights that
+    this one reads are fetched while that one still reads its own.
     """
     PER: tl.constexpr = 4 if BITS == 4 else 1  # what an element of the stored weight holds
     block, pair = tl.program_id(0), tl.program_id(1)

@@ -10,8 +10,8 @@
    is kernels/tiles/.
 5. Whole layers with the best tiles; the products of `bench --dense` at 1 … 16 tokens; many tokens.
 
-With --checks it ends after 2; with --tiles only 5's layers are timed. Everything is compiled beforehand by worker processes. What does not fit the SECONDS
-(480) is left out, and said. Numbers go to OUT/matvec.json as they come.
+With --checks it ends after 2; with --tiles only 5's layers are timed. Everything is compiled beforehand by worker
+processes. What does not fit the SECONDS (480) is left out, and said. Numbers go to OUT/matvec.json as they come.
 """
 
 import json
