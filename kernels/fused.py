@@ -15,8 +15,6 @@ from nanoserve.kernels.router import router
 
 GATE_TICKETS = 16
 """What counts all programs takes the first of so many, and a block of rows one behind them, which stay aligned."""
-CHOSEN_TICKET = 8
-"""Which of the first ones says that a router has chosen."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nanoserve.kernels import fused
-from nanoserve.kernels.fused import CHOSEN_TICKET, GATE_TICKETS, MoeWeights, Norm
+from nanoserve.kernels.fused import GATE_TICKETS, MoeWeights, Norm
 from nanoserve.kernels.linear import Weight
 from nanoserve.kernels.router import router as reference_router
 from nanoserve.kernels.tiles import blocks, dependent, launch, power_of_two
@@ -22,10 +22,6 @@ from nanoserve.kernels.weight_tiles import Cut, Tile, tile_of
 
 GATE_ROWS = 4
 """Experts a program of the router: its weight is small, and many programs read it sooner."""
-
-
-WHOLE = 1 << 20
-"""Bytes of each row that are fetched early: all that it has."""
 
 
 def router(
@@ -76,18 +72,17 @@ def moe_add_norm(
     if len(x) > FEW:
         return fused.moe_add_norm(x, w, stream, norm)
     x = checked(x)
-    chosen = w.tickets[CHOSEN_TICKET:] if _overlaps(w, x, cut) else None
-    ids, weights, shared, narrow = front(x, w, cut, chosen)
-    hidden = up_products(narrow, ids, w.up, cut, chosen)
+    ids, weights, shared, narrow = front(x, w, cut)
+    hidden = up_products(narrow, ids, w.up, cut)
     if w.latent_out:
         routed = down_products(
-            hidden, ids, weights, w.down, torch.empty_like(narrow), w.tickets[GATE_TICKETS:], cut, chosen=chosen
+            hidden, ids, weights, w.down, torch.empty_like(narrow), w.tickets[GATE_TICKETS:], cut
         )
         return linears_add_norm(routed, w.latent_out, shared, w.shared_down, stream, norm, cut=cut)
     normed = torch.empty_like(stream)
     new = down_products(
         hidden, ids, weights, w.down, torch.empty_like(stream), w.tickets[GATE_TICKETS:], cut,
-        chosen=chosen, shared=(shared, w.shared_down), tail=(stream, norm, normed),
+        shared=(shared, w.shared_down), tail=(stream, norm, normed),
     )  # fmt: skip
     if not _down_tile(w.down, w.top_k, x.device, cut).fused:
         return add_norm(new, None, norm.weight, norm.eps)
@@ -99,26 +94,8 @@ def _room(x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return ids, torch.empty((len(x), top_k), device=x.device)
 
 
-def _overlaps(w: MoeWeights, x: Tensor, cut: Cut) -> bool:
-    """Whether the experts' first launches begin as soon as the choice is known: if all three are early ones."""
-    if x.device.type == "cpu":
-        return False
-    shared, up = stored(w.shared_up), stored(w.up)
-    tiles = (
-        cut(shared.bits, shared.rows, shared.columns, x.device, tokens=len(x)),
-        cut(up.bits, up.rows, up.columns, x.device, copies=w.top_k),
-        _down_tile(w.down, w.top_k, x.device, cut),
-    )
-    return all(tile.early for tile in tiles)
-
-
-def front(
-    x: Tensor, w: MoeWeights, cut: Cut, chosen: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(ids, weights, the shared expert's hidden values, what the experts read).
-
-    ``chosen`` is a flag that becomes 1 when the first two are there.
-    """
+def front(x: Tensor, w: MoeWeights, cut: Cut) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids, weights, the shared expert's hidden values, what the experts read)."""
     shared, count = stored(w.shared_up), len(w.gate)
     latent = stored(w.latent_in) if w.latent_in else shared
     ids, weights = _room(x, w.top_k)
@@ -130,28 +107,26 @@ def front(
     programs += blocks(latent.rows, tile.rows) if w.latent_in else 0
     launch(
         front_kernel, (programs,),
-        x, w.gate, w.bias, logits, ids, weights, w.tickets,
-        w.tickets if chosen is None else chosen, count, w.scale,
+        x, w.gate, w.bias, logits, ids, weights, w.tickets, count, w.scale,
         *shared.tensors, hidden, shared.rows, *latent.tensors, narrow, latent.rows,
         T=len(x), K=x.shape[1], BITS1=shared.bits, BITS2=latent.bits if w.latent_in else 0,
         TOP=w.top_k, NORMALIZE=w.normalize, BYTES=w.gate.element_size(), BE=GATE_ROWS,
         BLOCK_E=power_of_two(count), BLOCK_K=power_of_two(w.top_k),
-        AHEAD=ahead(tile, x.device, shared, latent), OVERLAP=chosen is not None,
+        AHEAD=ahead(tile, x.device, shared, latent),
         **shape_options(tile, len(x), x.device),
     )  # fmt: skip
     return ids, weights, hidden, narrow
 
 
-def up_products(x: Tensor, ids: Tensor, up: Weight, cut: Cut, chosen: Tensor | None = None) -> Tensor:
-    """Hidden values of the chosen experts [T * k, I]; ``chosen`` is the flag of the `front` just before."""
+def up_products(x: Tensor, ids: Tensor, up: Weight, cut: Cut) -> Tensor:
+    """Hidden values of the chosen experts [T * k, I]."""
     view, pairs = stored(up), ids.numel()
     tile = cut(view.bits, view.rows, view.columns, x.device, copies=ids.shape[1])
     hidden = torch.empty((pairs, view.rows), dtype=x.dtype, device=x.device)
     launch(
         up_kernel, (blocks(view.rows, tile.rows), pairs),
-        x, ids, ids if chosen is None else chosen, *view.tensors, hidden, view.rows,
-        K=view.columns, BITS=view.bits, TOP=ids.shape[1], AHEAD=0 if chosen is None else WHOLE,
-        **shape_options(tile, 1, x.device),
+        x, ids, *view.tensors, hidden, view.rows,
+        K=view.columns, BITS=view.bits, TOP=ids.shape[1], **shape_options(tile, 1, x.device),
     )  # fmt: skip
     return hidden
 
@@ -165,15 +140,13 @@ def down_products(
     tickets: Tensor,
     cut: Cut,
     *,
-    chosen: Tensor | None = None,
     shared: tuple[Tensor, Weight] | None = None,
     tail: tuple[Tensor, Norm, Tensor] | None = None,
 ) -> Tensor:
     """The experts' weighted sum into ``out`` [T, rows]; with a shared expert, also what ends a layer.
 
-    ``chosen`` is the flag that the `up_products` launched just before has waited for; ``shared`` is the shared
-    expert's (hidden values, second weight); ``tail`` is (residual stream, norm, where that goes), and ``out`` is
-    then the new stream.
+    ``shared`` is its (hidden values, second weight); ``tail`` is (residual stream, norm, where that goes), and
+    ``out`` is then the new stream.
     """
     view, top_k = stored(down), ids.shape[1]
     tile = _down_tile(down, top_k, out.device, cut)
@@ -185,11 +158,9 @@ def down_products(
     launch(
         down_kernel, (blocks(view.rows, tile.rows), count, len(ids)),
         hidden, ids, weights, *view.tensors, x2, *second.tensors, parts, out,
-        stream, norm.weight, normed, tickets, norm.tickets, tickets if chosen is None else chosen,
-        view.rows, norm.eps,
+        stream, norm.weight, normed, tickets, norm.tickets, view.rows, norm.eps,
         T=len(ids), K=view.columns, K2=second.columns, BITS=view.bits, BITS2=second.bits if shared else 0,
-        TOP=top_k, EARLY=0 if chosen is None else WHOLE,
-        FUSED=tile.fused and tail is not None, BLOCK=power_of_two(view.rows),
+        TOP=top_k, FUSED=tile.fused and tail is not None, BLOCK=power_of_two(view.rows),
         AHEAD=ahead(tile, out.device, second) if shared else 0,
         **shape_options(tile, 1, out.device),
     )  # fmt: skip

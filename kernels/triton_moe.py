@@ -14,7 +14,7 @@ import triton.language as tl
 
 from nanoserve.kernels.triton_skinny import ahead, product, project, slot_sums
 from nanoserve.kernels.triton_stream import last_of, normalise_if_last
-from nanoserve.kernels.triton_tile import announce, await_flag, fetch, producers_done, release
+from nanoserve.kernels.triton_tile import fetch, producers_done, release
 
 
 @triton.jit
@@ -130,7 +130,6 @@ def front_kernel(
     ids: tl.tensor,
     weights: tl.tensor,
     tickets: tl.tensor,
-    chosen: tl.tensor,
     experts: tl.tensor,
     scale: tl.tensor,
     w1: tl.tensor,
@@ -159,14 +158,12 @@ def front_kernel(
     SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
-    OVERLAP: tl.constexpr,
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ) -> None:
     """All that reads the layer's input: the router, the shared expert's first product (1), and the latent's (2).
 
-    Grid: the router's blocks, of which the last to end chooses while others read on, and with OVERLAP says so in
-    ``chosen``; then those of (1), of (2).
+    Grid: the router's blocks, of which the last to end chooses while others read on; then those of (1), of (2).
     """
     block = tl.program_id(0)
     gates = tl.cdiv(experts, BE)
@@ -179,8 +176,6 @@ def front_kernel(
                     logits + t * experts, bias, ids + t * TOP, weights + t * TOP, experts, scale,
                     TOP, NORMALIZE, BLOCK_E, BLOCK_K,
                 )  # fmt: skip
-            if OVERLAP:
-                announce(chosen)
     elif block < gates + blocks1:
         project(
             block - gates, x, K, w1, scales1, matrix_scale1, out1, rows1,
@@ -197,7 +192,6 @@ def front_kernel(
 def up_kernel(
     x: tl.tensor,
     ids: tl.tensor,
-    chosen: tl.tensor,
     w: tl.tensor,
     scales: tl.tensor,
     matrix_scales: tl.tensor,
@@ -211,24 +205,13 @@ def up_kernel(
     BT: tl.constexpr,
     SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ) -> None:
-    """Set out [T * TOP, rows] = relu(x @ w[ids].T)²; grid (blocks of BN rows, T * TOP).
-
-    With AHEAD (bytes of a row), the launch before says in ``chosen`` that ``ids`` are there, and the weights that
-    this one reads are fetched while that one still reads its own.
-    """
+    """Set out [T * TOP, rows] = relu(x @ w[ids].T)²; grid (blocks of BN rows, T * TOP)."""
     PER: tl.constexpr = 4 if BITS == 4 else 1  # what an element of the stored weight holds
     block, pair = tl.program_id(0), tl.program_id(1)
-    if AHEAD > 0:
-        await_flag(chosen)
-        e = tl.load(ids + pair, cache_modifier=".cg").to(tl.int64)
-        ahead(
-            block, 0, w + e * rows * (K // PER), scales + e * rows * (K // 16), rows, K, K, BITS, BN, SLOTS, AHEAD
-        )
-    e = tl.load(ids + pair + producers_done(PDL), cache_modifier=".cg").to(tl.int64)
+    e = tl.load(ids + pair + producers_done(PDL)).to(tl.int64)
     project(
         block, x + pair // TOP * K, K, w + e * rows * (K // PER), scales + e * rows * (K // 16),
         matrix_scales + e, out + pair * rows, rows,
@@ -255,7 +238,6 @@ def down_kernel(
     normed: tl.tensor,
     block_tickets: tl.tensor,
     norm_tickets: tl.tensor,
-    chosen: tl.tensor,
     rows: tl.tensor,
     eps: tl.tensor,
     T: tl.constexpr,
@@ -264,7 +246,6 @@ def down_kernel(
     BITS: tl.constexpr,
     BITS2: tl.constexpr,
     TOP: tl.constexpr,
-    EARLY: tl.constexpr,
     FUSED: tl.constexpr,
     BLOCK: tl.constexpr,
     BN: tl.constexpr,
@@ -281,9 +262,6 @@ def down_kernel(
     A part is SLOTS experts, one a warp; the shared expert is one more, unless BITS2 is 0. The last program of a
     block of rows adds the parts up in their order. Without a shared expert out [T, rows] is that sum. With one it
     is stream + sum + x2 @ w2.T, each rounded as the reference rounds it, and normed is its norm, with FUSED.
-
-    With EARLY, bytes of each row of the experts are fetched before the launch in front has ended: it began when
-    ``ids`` were there. ``chosen`` is set back for the next token.
     """
     block, part, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     ROUTED: tl.constexpr = (TOP + SLOTS - 1) // SLOTS
@@ -291,8 +269,6 @@ def down_kernel(
     count: tl.constexpr = ROUTED + 1 if BITS2 > 0 else ROUTED
     n = block * BN + tl.arange(0, BN)
     if part < ROUTED:
-        if EARLY > 0:
-            experts_ahead(block, ids + t * TOP, w, scales, part, rows, K, BITS, TOP, BN, SLOTS, EARLY)
         y = expert_sums(
             hidden + t * TOP * K, ids + t * TOP, weights + t * TOP, w, scales, matrix_scales, part,
             tl.minimum(n, rows - 1), rows, K, BITS, TOP, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
@@ -303,8 +279,6 @@ def down_kernel(
             block, 0, x2 + t * K2, K2, w2, scales2, matrix_scale2, rows,
             1, K2, K2, SHARED, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
         )  # fmt: skip
-    if EARLY > 0:  # all have waited for the end of the launch that waits for it
-        tl.store(chosen, 0)
     parts += t * count * rows
     inside = n < rows
     tl.store(parts + part * rows + n, first_column(y, BT), mask=inside)
@@ -323,42 +297,6 @@ def down_kernel(
         if FUSED:
             programs = tl.num_programs(0) * T
             normalise_if_last(out, norm, normed, rows, eps, norm_tickets, programs, T, BLOCK)
-
-
-@triton.jit
-def experts_ahead(
-    block: tl.tensor,
-    ids: tl.tensor,
-    w: tl.tensor,
-    scales: tl.tensor,
-    part: tl.tensor,
-    rows: tl.tensor,
-    K: tl.constexpr,
-    BITS: tl.constexpr,
-    TOP: tl.constexpr,
-    BN: tl.constexpr,
-    SLOTS: tl.constexpr,
-    EARLY: tl.constexpr,
-) -> None:
-    """Begin to fetch a block of rows of one part's experts, EARLY bytes of each row."""
-    PER: tl.constexpr = 4 if BITS == 4 else 1
-    for slot in tl.static_range(SLOTS):
-        j = part * SLOTS + slot
-        if j < TOP:
-            e = tl.load(ids + j, cache_modifier=".cg").to(tl.int64)
-            ahead(
-                block,
-                0,
-                w + e * rows * (K // PER),
-                scales + e * rows * (K // 16),
-                rows,
-                K,
-                K,
-                BITS,
-                BN,
-                SLOTS,
-                EARLY,
-            )
 
 
 @triton.jit

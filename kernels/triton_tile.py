@@ -67,37 +67,21 @@ mov.u32 $0, 0;
 def producers_done(PDL: tl.constexpr) -> tl.tensor:
     """0, once all that earlier launches wrote can be seen.
 
-    To be added to the addresses of what they wrote: no compiler moves such a load in front of the wait. The next
-    launch may begin now where PDL is 1, and waits in its turn; at `release` where it is 2; when this one has ended
-    where it is 0. What stands in front of the wait may read weights, and what no launch of the same step writes.
+    To be added to the addresses of what they wrote: no compiler moves such a load in front of the wait. What
+    stands in front of it may read weights, and what no launch of the same step writes.
+
+    The next launch may begin now where PDL is 1, and waits in its turn; after this wait where it is 3, so that
+    never more than one launch waits; at `release` where it is 2; when this one has ended where it is 0.
     """
     if PDL > 0:
         if PDL == 1:
             tl.inline_asm_elementwise(RELEASE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
         zero = tl.inline_asm_elementwise(WAIT, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        if PDL == 3:
+            tl.inline_asm_elementwise(RELEASE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     else:
         zero = tl.program_id(0) * 0
     return zero * 16  # a multiple of 16, so that loads stay as wide as they were
-
-
-@triton.jit
-def announce(flag: tl.tensor) -> None:
-    """Tell `await_flag` in the launch behind this one that what this program wrote until now can be seen."""
-    tl.debug_barrier()
-    tl.atomic_xchg(flag, 1, sem="release")
-
-
-@triton.jit
-def await_flag(flag: tl.tensor) -> None:
-    """Wait for `announce` of the launch before, and only then let the next launch begin.
-
-    That launch's programs have all begun, for else this one would not run, so one of them will come to announce.
-    Whoever sets the flag to 0 again must wait for this launch's end.
-    """
-    while tl.atomic_add(flag, 0, sem="acquire") == 0:
-        pass
-    tl.debug_barrier()
-    tl.inline_asm_elementwise(RELEASE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
