@@ -18,7 +18,7 @@ from nanoserve.kernels.prefill_tiles import tiles_on
 from nanoserve.kernels.tiles import blocks, launch, power_of_two
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def flash_kernel(
     q: tl.tensor,
     q_row: tl.tensor,

@@ -17,7 +17,7 @@ import triton.language as tl
 from nanoserve.kernels.triton_tile import CODES_DOWN, SCALE_UP, codes, scaled
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "pairs"])
 def grouped_kernel(
     x: tl.tensor,
     w: tl.tensor,

@@ -17,7 +17,7 @@ def _silu(x: tl.tensor) -> tl.tensor:
     return x * tl.where(x < 0, e, 1.0) / (1 + e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def conv_kernel(
     x: tl.tensor,
     x_row: tl.tensor,
@@ -59,12 +59,11 @@ def conv_kernel(
         tl.debug_barrier()  # every warp has read the state
         for slot in tl.static_range(WIDTH - 1):  # pyright: ignore[reportGeneralTypeIssues]
             # Slot j takes what lies ``tokens`` further, so j goes up.
-            source = slot + tokens - (WIDTH - 1)
-            inside = real & (source >= 0)
-            new = tl.load(x + source.to(tl.int64) * x_row + c, mask=inside, other=0.0).to(tl.float32)
-            held = state + c * (WIDTH - 1) + slot
-            new += tl.load(held + tokens, mask=real & (source < 0), other=0.0).to(tl.float32)
-            tl.store(held, new.to(state.dtype.element_ty), mask=real)  # pyright: ignore[reportAttributeAccessIssue]
+            at = slot + tokens - (WIDTH - 1)
+            new = tl.load(x + at.to(tl.int64) * x_row + c, mask=real & (at >= 0), other=0.0).to(tl.float32)
+            slots = state + c * (WIDTH - 1) + slot
+            new += tl.load(slots + tokens, mask=real & (at < 0), other=0.0).to(tl.float32)
+            tl.store(slots, new.to(state.dtype.element_ty), mask=real)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @triton.jit

@@ -34,7 +34,7 @@ def _dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
     return tl.dot((a - high.to(tl.float32)).to(tl.bfloat16), b, acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def chunk_kernel(
     x: tl.tensor,
     x_row: tl.tensor,
@@ -84,7 +84,7 @@ def chunk_kernel(
     tl.store(target, acc, mask=(p < SIZE)[:, None] & (n < STATES)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def pass_kernel(
     added: tl.tensor,
     decays: tl.tensor,
@@ -110,7 +110,7 @@ def pass_kernel(
     tl.store(state + place, s, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def output_kernel(
     x: tl.tensor,
     x_row: tl.tensor,
