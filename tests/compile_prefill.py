@@ -8,12 +8,14 @@ A program of its own, for Triton's interpreter and its compiler do not go togeth
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from unittest.mock import patch
 
 import aot
 import torch
 
+from nanoserve.kernels import triton_linear
 from nanoserve.kernels.attention import LayerKV
 from nanoserve.kernels.prefill_experts import experts_prefill
 from nanoserve.kernels.prefill_tiles import TILES, ExpertTile, PrefillTiles
@@ -22,6 +24,7 @@ from nanoserve.kernels.triton_flash import attention_prefill
 from nanoserve.kernels.triton_prefill import conv_prefill, gated_norm
 from nanoserve.kernels.triton_scan import ssm_prefill
 from nanoserve.kernels.weight_launches import SHAPES, empty, weight
+from nanoserve.kernels.weight_tiles import GemmTile
 
 CHIPS = {"sm_90": (9, 0), "sm_120": (12, 0), "sm_121": (12, 1)}
 
@@ -53,6 +56,15 @@ def mamba(heads: int, tiles: PrefillTiles) -> None:
     weights = SsmWeights(numbers, numbers, numbers)
     y = ssm_prefill(x, projected[:, -heads:], b, c, weights, state, 128, tiles.scan)
     gated_norm(y.flatten(1), projected[:, :inner], empty(inner, dtype=torch.float32), 8, 1e-5)
+
+
+def scan(heads: int, tile: tuple[int, int, int, int]) -> None:
+    mamba(heads, replace(TILES[9, 0], scan=tile))
+
+
+def gemm(bits: int, columns: int, tile: GemmTile) -> None:
+    with patch.object(triton_linear, "gemm_tile", lambda bits, tokens: tile):  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+        triton_linear.linear(empty(512, columns), weight(bits, 4096, columns))
 
 
 def calls(architecture: str) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -7,9 +7,10 @@ from test_triton_weights import tokens, weight
 from torch import Tensor
 from torch.testing import assert_close
 
-from nanoserve.kernels import attention, conv, moe, norm, ssm
+from nanoserve.kernels import attention, conv, moe, norm, router, ssm
 from nanoserve.kernels.attention import LayerKV
 from nanoserve.kernels.prefill_experts import experts_prefill
+from nanoserve.kernels.prefill_router import router_many
 from nanoserve.kernels.prefill_tiles import ExpertTile
 from nanoserve.kernels.ssm import SsmWeights
 from nanoserve.kernels.triton_expand import expand
@@ -152,3 +153,12 @@ def test_rows_expand_exactly(form: str) -> None:
     expand(view.tensors[0], view.tensors[1], out, view.bits)
     scale = view.tensors[2] * 128 if form == "nvfp4" else view.tensors[2]
     assert_close(out.float() * scale, w.rows(0, 21), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(128, 6), (11, 3)])
+def test_router_chooses_as_the_reference(experts: int, top_k: int) -> None:
+    x, gate, bias = tokens(18, 72), torch.randn(experts, 72) / 24, torch.randn(experts) * 0.2
+    ids, weights = router_many(x, gate, bias, top_k, 2.5, True)
+    want_ids, want = router.router(x, gate, bias, top_k, 2.5, True)
+    assert torch.equal(ids, want_ids)
+    assert_close(weights, want, rtol=1e-5, atol=1e-6)
