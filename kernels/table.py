@@ -27,7 +27,10 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
         "torch": "nanoserve.kernels.norm:add_norm",
         "triton": "nanoserve.kernels.triton_linear:add_norm",
     },
-    "gated_norm": {"torch": "nanoserve.kernels.norm:gated_norm"},
+    "gated_norm": {
+        "torch": "nanoserve.kernels.norm:gated_norm",
+        "triton": "nanoserve.kernels.triton_prefill:gated_norm",
+    },
     "linear_plain": {
         "torch": "nanoserve.kernels.linear:linear",
         "triton": "nanoserve.kernels.triton_linear:linear",
@@ -60,8 +63,14 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
         "torch": "nanoserve.kernels.fused:moe_add_norm",
         "triton": "nanoserve.kernels.triton_experts:moe_add_norm",
     },
-    "conv_prefill": {"torch": "nanoserve.kernels.conv:conv"},
-    "ssm_prefill": {"torch": "nanoserve.kernels.ssm:ssm_scan"},
+    "conv_prefill": {
+        "torch": "nanoserve.kernels.conv:conv",
+        "triton": "nanoserve.kernels.triton_prefill:conv_prefill",
+    },
+    "ssm_prefill": {
+        "torch": "nanoserve.kernels.ssm:ssm_scan",
+        "triton": "nanoserve.kernels.triton_scan:ssm_prefill",
+    },
     "mamba_decode": {
         "torch": "nanoserve.kernels.mamba:mamba_decode",
         "triton": "nanoserve.kernels.triton_mamba:mamba_decode",
@@ -70,7 +79,10 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
         "torch": "nanoserve.kernels.attention:kv_append",
         "triton": "nanoserve.kernels.triton_attention:kv_append",
     },
-    "attention_prefill": {"torch": "nanoserve.kernels.attention:attention"},
+    "attention_prefill": {
+        "torch": "nanoserve.kernels.attention:attention",
+        "triton": "nanoserve.kernels.triton_flash:attention_prefill",
+    },
     "attention_decode": {
         "torch": "nanoserve.kernels.attention:attention",
         "triton": "nanoserve.kernels.triton_attention:attention_decode",
@@ -79,7 +91,10 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
         "torch": "nanoserve.kernels.router:router",
         "triton": "nanoserve.kernels.triton_experts:router",
     },
-    "experts_prefill": {"torch": "nanoserve.kernels.moe:experts"},
+    "experts_prefill": {
+        "torch": "nanoserve.kernels.moe:experts",
+        "triton": "nanoserve.kernels.prefill_experts:experts_prefill",
+    },
     "sample": {
         "torch": "nanoserve.kernels.sample:sample",
         "triton": "nanoserve.kernels.triton_sample:sample",

@@ -6,7 +6,7 @@ from torch import Tensor
 from nanoserve.kernels import fused
 from nanoserve.kernels.fused import GATE_TICKETS, MoeWeights, Norm
 from nanoserve.kernels.linear import Weight
-from nanoserve.kernels.router import router as reference_router
+from nanoserve.kernels.prefill_router import router_many
 from nanoserve.kernels.tiles import blocks, dependent, launch, power_of_two
 from nanoserve.kernels.triton_linear import (
     FEW,
@@ -29,7 +29,7 @@ def router(
 ) -> tuple[Tensor, Tensor]:
     """`nanoserve.kernels.router.router`, in two launches; of equal scores the lower number is taken first."""
     if len(x) > FEW:
-        return reference_router(x, gate, bias, top_k, scale, normalize)
+        return router_many(x, gate, bias, top_k, scale, normalize)
     x, experts = checked(x), len(gate)
     logits = torch.empty((len(x), experts), device=x.device)
     ids, weights = _room(x, top_k)

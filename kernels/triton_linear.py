@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nanoserve.errors import BackendError
+from nanoserve.kernels.dense_many import plain_product
 from nanoserve.kernels.fused import GATE_TICKETS, Norm
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight, relu2
 from nanoserve.kernels.tiles import blocks, dependent, launch, power_of_two
@@ -138,6 +139,8 @@ def products(
 
 
 def _many(x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, Plain) and x.device.type == "cuda":
+        return plain_product(x, stored(weight).tensors[0], dtype)
     view, (tokens, columns) = stored(weight), x.shape
     tile = gemm_tile(view.bits, tokens)
     out = torch.empty((tokens, view.rows), dtype=dtype, device=x.device)

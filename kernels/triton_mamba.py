@@ -72,7 +72,7 @@ def _shift(
 
 
 @triton.jit
-def _softplus(x: tl.tensor) -> tl.tensor:
+def softplus(x: tl.tensor) -> tl.tensor:
     """max(x, 0) + log1p(exp(-|x|)), with log1p(e) = 2 atanh(e / (2 + e)), whose argument is in [0, 1/3]."""
     e = tl.exp(-tl.abs(x))
     s = e / (2 + e)
@@ -166,7 +166,7 @@ def mamba_kernel(
         x = _conv(projected, row, inner, conv_state, conv_weight, conv_bias, x_channel, rows, t, WIDTH)
         b = _conv(projected, row, inner, conv_state, conv_weight, conv_bias, b_channel, columns, t, WIDTH)
         c = _conv(projected, row, inner, conv_state, conv_weight, conv_bias, c_channel, columns, t, WIDTH)
-        dt = _softplus(tl.load(projected + t * row + inner + channels + head).to(tl.float32) + bias)
+        dt = softplus(tl.load(projected + t * row + inner + channels + head).to(tl.float32) + bias)
         s = s * tl.exp(dt * decay_rate) + (x * dt)[:, None] * b[None, :]
         y = tl.sum(s * c[None, :], axis=1) + x * skip_weight
         y = y.to(projected.dtype.element_ty).to(tl.float32)
