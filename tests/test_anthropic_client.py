@@ -229,6 +229,22 @@ def test_what_ends_an_answer(client: Anthropic, server: Running, tokenizer: Toke
     assert (silent.content, silent.stop_reason) == ([], "end_turn")
 
 
+@pytest.mark.parametrize("thoughts", ["", "r\n</think>\n\n"])
+def test_a_format_is_given_as_it_is(
+    client: Anthropic, server: Running, tokenizer: Tokenizer, thoughts: str
+) -> None:
+    held: Any = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}}
+    if not thoughts:
+        held["thinking"] = {"type": "disabled"}
+    said = '{"a": " <think></think> <tool_call> "}'
+    server.engine.script = [*tokenizer.encode(thoughts), *tokenizer.encode_text(said)]
+    answer = client.messages.create(model=MODEL, max_tokens=200, messages=HI, **held)
+    assert [block.text for block in answer.content if block.type == "text"] == [said]
+    assert len(answer.content) == 1 + bool(thoughts)
+    streamed = [event.delta for event in events(client, **held) if event.type == "content_block_delta"]
+    assert "".join(delta.text for delta in streamed if delta.type == "text_delta") == said
+
+
 def test_counting_tokens(client: Anthropic, server: Running, tokenizer: Tokenizer) -> None:
     script(server, tokenizer, "x</think>y")
     asked: Any = {"model": MODEL, "system": "be kind", "messages": HI, "tools": [WEATHER]}

@@ -220,6 +220,19 @@ def test_what_ends_an_answer(client: OpenAI, server: Running, tokenizer: Tokeniz
     assert (silent.output, silent.output_text, silent.status) == ([], "", "completed")
 
 
+@pytest.mark.parametrize("thoughts", ["", "r\n</think>\n\n"])
+def test_a_format_is_given_as_it_is(client: OpenAI, server: Running, tokenizer: Tokenizer, thoughts: str) -> None:
+    held: Any = {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}}
+    if not thoughts:
+        held |= OFF
+    said = '{"a": " <think></think> <tool_call> "}'
+    server.engine.script = [*tokenizer.encode(thoughts), *tokenizer.encode_text(said)]
+    answer = client.responses.create(model=MODEL, input="hi", **held)
+    assert (answer.output_text, len(answer.output)) == (said, 1 + bool(thoughts))
+    deltas = [event.delta for event in events(client, **held) if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == said
+
+
 def test_what_would_need_a_memory_is_refused(client: OpenAI) -> None:
     bodies: dict[str, Any] = {
         "previous_response_id": "resp_1",
