@@ -131,7 +131,7 @@ def _leaving_at_once(*signals: signal.Signals) -> Generator[None]:
 def _model(options: argparse.Namespace) -> Path:
     """The MODEL given, or the one in the box."""
     if options.model is not None:
-        return options.model
+        return Path(options.model)
     _say("no MODEL given: the demonstration model in the box, a small Nemotron-H in the released Lightning format")
     return DEMO_MODEL
 
@@ -233,7 +233,7 @@ def _eval(options: argparse.Namespace) -> int:
             first: Candidate = ServerCandidate(options.url, server_options.api_key)
         else:
             stack.enter_context(_leaving_at_once(*_ENDING))
-            path = Path(_model(options))
+            path = _model(options)
             first = LocalCandidate(path.resolve().name, path, engine_options, _announce)
         others = [parse_spec(spec, path, engine_options, _announce) for spec in options.against or ()]
         given = KL_QUESTIONS if options.kl_questions is None else options.kl_questions
