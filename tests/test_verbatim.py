@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,10 +14,11 @@ from starlette.testclient import TestClient
 from test_parsing import TOOLS, Whole, call, whole
 
 from nanoserve.chat import parse_chat
-from nanoserve.constraint import Answer, ReasoningTokens
+from nanoserve.constraint import Answer, Constraints, ReasoningTokens
 from nanoserve.grammar import Matcher, Regex, ToolCalls
 from nanoserve.parameters import Limits
 from nanoserve.parsing import Parser, Part
+from nanoserve.request import Event, Request
 from nanoserve.tokenizer import Tokenizer
 
 TAGGED = json.dumps("</think> <think>a</think> <tool_call>\n<function=f>\n</tool_call></tool_response> ")
@@ -167,3 +168,28 @@ def test_through_the_server(client: TestClient, engine: FakeEngine, tokenizer: T
         assert ask(client, **PLAIN, **body) == Said("", content, (), "stop")
     engine.script = list(encode(SPACED))
     assert ask(client, **PLAIN).content != SPACED, "and what is held to nothing is read as before"
+
+
+def test_a_constraint_is_made_once_a_prompt_and_followed_once_a_choice(
+    client: TestClient, engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, given = list[tuple[int, ...]](), list[Any]()
+    of, generate = Constraints.of, engine.generate
+
+    def counted(self: Constraints, prompt: tuple[int, ...], **options: Any) -> Any:
+        made.append(prompt)
+        return of(self, prompt, **options)
+
+    def seen(request: Request, cancelled: Callable[[], bool]) -> Iterator[Event]:
+        given.append(request.constraint)
+        return generate(request, cancelled)
+
+    monkeypatch.setattr(Constraints, "of", counted)
+    monkeypatch.setattr(engine, "generate", seen)
+    engine.script = list(tokenizer.encode("a"))
+    body = {"prompt": [[30], [31], [30]], "n": 4, "guided_regex": "a*", "max_tokens": 5}
+    assert len(client.post("/v1/completions", json=body).json()["choices"]) == 12
+    assert made == [(30,), (31,)]
+    assert len(given) == 12
+    assert all(given)
+    assert given[0]() is not given[1](), "each answer is followed by itself"
