@@ -8,7 +8,7 @@ import anthropic
 import pytest
 from anthropic import Anthropic, AsyncAnthropic
 from anthropic.types import Message, MessageParam, ToolParam
-from fake_engine import MODEL, FakeEngine, Running, make_tokenizer, running, until
+from fake_engine import MODEL, Running, prompt_of, script, until
 
 from nanoserve.tokenizer import Tokenizer
 
@@ -28,29 +28,10 @@ CALL = (
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with running(tokenizer, FakeEngine(max_context=2048), api_key="key") as server:
-        yield server
-
-
 @pytest.fixture
 def client(server: Running) -> Iterator[Anthropic]:
     with Anthropic(base_url=server.url, api_key="key", max_retries=0) as client:
         yield client
-
-
-def script(server: Running, tokenizer: Tokenizer, text: str) -> None:
-    server.engine.script = tokenizer.encode(text)
-
-
-def prompt_of(server: Running, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(server.engine.started[-1], skip_special=False)
 
 
 def test_a_message(client: Anthropic, server: Running, tokenizer: Tokenizer) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_engine import FakeEngine, make_tokenizer, running
+from fake_engine import FakeEngine, running
 
 import nanoserve
 from nanoserve import gsm8k
@@ -191,11 +191,6 @@ class TestGsm8k:
 def engine(random_checkpoint: Path) -> Iterator[LocalEngine]:
     with nanoserve.load(random_checkpoint, device="cpu", max_context=128, prefill_chunk=8) as engine:
         yield engine
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 class TestDistributions:

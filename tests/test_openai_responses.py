@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import openai
 import pytest
-from fake_engine import MODEL, FakeEngine, Running, make_tokenizer, running
+from fake_engine import MODEL, Running, prompt_of, script
 from openai import OpenAI
 from openai.types.responses import FunctionToolParam, Response, ResponseInputParam
 
@@ -30,29 +30,10 @@ WEATHER: FunctionToolParam = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with running(tokenizer, FakeEngine(max_context=2048), api_key="key") as server:
-        yield server
-
-
 @pytest.fixture
 def client(server: Running) -> Iterator[OpenAI]:
     with OpenAI(base_url=server.url + "/v1", api_key="key", max_retries=0) as client:
         yield client
-
-
-def script(server: Running, tokenizer: Tokenizer, text: str) -> None:
-    server.engine.script = tokenizer.encode(text)
-
-
-def prompt_of(server: Running, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(server.engine.started[-1], skip_special=False)
 
 
 def test_a_response(client: OpenAI, server: Running, tokenizer: Tokenizer) -> None:

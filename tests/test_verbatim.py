@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from fake_engine import PLAIN, FakeEngine, make_tokenizer
+from fake_engine import PLAIN, FakeEngine
 from grammar_answers import CLOSE, PROMPT, THINKING, Answerer
 from in_process import Said, ask, client_of
 from starlette.testclient import TestClient
@@ -139,11 +139,6 @@ def test_which_answers_are_read_so(tokenizer: Tokenizer, body: dict[str, Any], v
     made = parse_chat({"messages": messages, **body, **tools}, Limits("m", 512, {}, has_text=True))
     assert made.reading(tokenizer, [5]).verbatim is verbatim
     assert isinstance(made.held.grammar, ToolCalls) == ("tools" in body and len(body) > 1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
