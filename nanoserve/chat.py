@@ -71,6 +71,7 @@ class ChatCall:
             nonempty=thinking.nonempty or begins.closed,
             single=not tools.parallel,
             hide_calls=tools.forbidden,
+            verbatim=self.held.verbatim,
             stop=self.sampling.stop,
         )
 

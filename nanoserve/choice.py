@@ -97,6 +97,7 @@ class Reading:
     nonempty: bool = False
     single: bool = False
     hide_calls: bool = False
+    verbatim: bool = False
     stop: Sequence[str] = ()
 
 
@@ -114,8 +115,8 @@ class ChatChoice:
 
     @cached_property
     def _parser(self) -> Parser:
-        reading = self._reading
-        return Parser(reading.tools, reading.thinking, reading.nonempty, reading.single, reading.hide_calls)
+        how = self._reading
+        return Parser(how.tools, how.thinking, how.nonempty, how.single, how.hide_calls, how.verbatim)
 
     @cached_property
     def _stops(self) -> StopSearch:

@@ -6,10 +6,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, get_args
 
 from nanoserve import __version__
@@ -28,13 +27,10 @@ from nanoserve.config import build as build_config
 from nanoserve.errors import ConfigError, NanoserveError
 from nanoserve.eval_questions import DEFAULT_COUNT, TaskName
 from nanoserve.files import DEMO_MODEL
+from nanoserve.signals import ENDING, Interrupt, hearing, leave
 
 if TYPE_CHECKING:
     from nanoserve.startup import Prepared
-
-
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a program by default, and so would leave its files behind."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's own.
 
     Returns:
-        Exit code: 0, 1 after a `NanoserveError` or a failed write (told on one line), 130 after Ctrl-C.
+        Exit code: 0, 1 after a `NanoserveError` or a failed write (told on one line), 130 after Ctrl-C, which
+        ends an evaluation with what it has, as other signals do (128 and their number).
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the shell, as by >&-
@@ -81,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     engine_options, server_options = _sections(options)
     check_origins(server_options)
     with ExitStack() as stack:
-        stack.enter_context(_leaving_at_once(*_ENDING, signal.SIGINT))
+        stack.enter_context(hearing(leave, *ENDING, signal.SIGINT))  # `server.serve` has handlers of its own
         checkpoint = open_checkpoint(_model(options))
         defaults = sampling_defaults(checkpoint.generation_config)
         tokenizer = Tokenizer.load(checkpoint.directory)
@@ -107,31 +104,10 @@ def _run(options: argparse.Namespace) -> int:
     return server.leave(code, worker)
 
 
-@contextmanager
-def _leaving_at_once(*signals: signal.Signals) -> Generator[None]:
-    """A signal ends the process there and then; `server.serve` has handlers of its own for some.
-
-    Raising an exception in the handler instead would be lost now and then: Python drops what is raised inside
-    a destructor or a weak reference's callback, and every import runs one of those.
-    """
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        os._exit(128 + number)
-
-    # A signal that was ignored when we came stays so: that is what nohup, and a shell's &, ask for.
-    heard = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, leave) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _model(options: argparse.Namespace) -> Path:
     """The MODEL given, or the one in the box."""
     if options.model is not None:
-        return options.model
+        return Path(options.model)
     _say("no MODEL given: the demonstration model in the box, a small Nemotron-H in the released Lightning format")
     return DEMO_MODEL
 
@@ -177,7 +153,7 @@ def _generate(options: argparse.Namespace) -> int:
     sampling = {name: getattr(options, name) for name in ("max_tokens", "temperature", "seed")}
     SamplingParams(**{name: value for name, value in sampling.items() if value is not None})  # faults come early
     with ExitStack() as stack:
-        stack.enter_context(_leaving_at_once(*_ENDING))
+        stack.enter_context(hearing(leave, *ENDING))
         checkpoint = open_checkpoint(_model(options))
         tokenizer = Tokenizer.load(checkpoint.directory)
         if tokenizer is None:
@@ -227,25 +203,26 @@ def _eval(options: argparse.Namespace) -> int:
     engine_options, server_options = _sections(options)
     origin = {name: getattr(options, name) for name in ("count", "seed", "length", "data")}
     suite = read_suite(options.task, **origin)
-    with ExitStack() as stack:
+    interrupt = Interrupt()
+    with hearing(interrupt.hear, *ENDING, signal.SIGINT):
         path: Path | None = None
         if options.url:
             first: Candidate = ServerCandidate(options.url, server_options.api_key)
         else:
-            stack.enter_context(_leaving_at_once(*_ENDING))
-            path = Path(_model(options))
+            path = _model(options)
             first = LocalCandidate(path.resolve().name, path, engine_options, _announce)
         others = [parse_spec(spec, path, engine_options, _announce) for spec in options.against or ()]
         given = KL_QUESTIONS if options.kl_questions is None else options.kl_questions
-        report = evaluate(suite, [first, *others], kl_questions=given if options.kl else None)
+        kl_questions = given if options.kl else None
+        report = evaluate(suite, [first, *others], kl_questions=kl_questions, interrupt=interrupt)
     print(json.dumps(report.data(), ensure_ascii=False) if options.json else report.text())
-    return 0
+    return 0 if interrupt.number is None else 128 + interrupt.number
 
 
 def _bench(options: argparse.Namespace) -> int:
     from nanoserve.bench_command import run_bench
 
-    with _leaving_at_once(*_ENDING):
+    with hearing(leave, *ENDING):
         return run_bench(options, _sections(options)[0], _announce)
 
 

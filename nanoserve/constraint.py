@@ -6,7 +6,8 @@ An answer whose prompt leaves ``<think>`` open is reasoning first. Then
   tag, which the parser (`parsing.py`) goes by, nor the end of the answer. So the content is always the grammar's;
 - up to two line feeds may stand between ``</think>`` and the content. Models of the family were trained to write
   one or two there, and made to leave them out would begin as they never have; the parser takes them off. The same
-  holds for tool calls without reasoning, since every template has a line feed before a call;
+  holds for tool calls without reasoning, since every template has a line feed before a call. As the parser sees
+  text alone, content that itself begins with a line feed comes behind both of these;
 - with a budget, ``</think>`` comes after that many tokens at the latest, on a line of its own.
 """
 
@@ -18,11 +19,9 @@ from dataclasses import dataclass
 from nanoserve.errors import RequestError
 from nanoserve.grammar import Compiler, Grammar, Matcher, ToolCalls
 from nanoserve.grammar_trial import Vocabulary
+from nanoserve.parsing import MAX_LEAD
 from nanoserve.request import Constraint, brief, is_integer
 from nanoserve.tokenizer import Tokenizer
-
-MAX_LEAD = 2
-"""Line feeds between the reasoning and the content."""
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _TAGS = (b"</think>", b"<tool_call>", b"<function=")
@@ -41,6 +40,7 @@ class ReasoningTokens:
         prose: the mask of what reasoning is made of, and of what closes it.
         endings: the mask of the ids that begin with a tag's end, by that end.
         feeds: the ids of line feeds alone, with how many they are; at most `MAX_LEAD`.
+        led: the mask of the ids that begin with a line feed.
         tokens: bytes of every id.
     """
 
@@ -50,6 +50,7 @@ class ReasoningTokens:
     prose: int
     endings: Mapping[bytes, int]
     feeds: Mapping[int, int]
+    led: int
     tokens: Sequence[bytes]
 
     @classmethod
@@ -70,6 +71,7 @@ class ReasoningTokens:
             prose=_mask(id for _, id in ordered) & ~whole | (0 if close is None else 1 << close),
             endings={tag[n:]: _starting(tag[n:], ordered) for tag in _TAGS for n in range(1, len(tag))},
             feeds={id: len(token) for token, id in ordered if len(token) <= MAX_LEAD and not token.strip(b"\n")},
+            led=_starting(b"\n", ordered),
             tokens=tokens,
         )
 
@@ -128,7 +130,10 @@ class Answer:
     def _of_content(self) -> int | None:
         if self.content is None:
             return None
-        return self.content.allowed() | _mask(id for id, n in self.tokens.feeds.items() if n <= self.lead)
+        mask = self.content.allowed()
+        if not self.lead:
+            return mask
+        return mask & ~self.tokens.led | _mask(id for id, n in self.tokens.feeds.items() if n <= self.lead)
 
     def push(self, token: int) -> None:
         """Take note of the token that was drawn; see `Constraint.push`."""

@@ -86,7 +86,7 @@ class Row:
             f"{self.speed:.1f}",
             f"{self.seconds:.1f}",
         ]
-        return cells if self.perplexity is None else [*cells, f"{self.perplexity:.4f}"]
+        return [*cells, "" if self.perplexity is None else f"{self.perplexity:.4f}"]
 
 
 _HEADS = ("", "right", "accuracy", "95 % interval", "tokens", "tok/s", "seconds", "perplexity")
@@ -104,15 +104,19 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A candidate against the first, pair by pair."""
+    """A candidate against the first, pair by pair, on the questions that both have answered."""
 
     first: Row
     second: Row
     drift: Drift | None
 
+    def _pairs(self) -> list[tuple[bool, bool]]:
+        # Both were asked in the same order, and one of them perhaps not to the end.
+        return list(zip(self.first.right, self.second.right, strict=False))
+
     def pairs(self) -> dict[str, int]:
         """Questions by who was right."""
-        pairs = list(zip(self.first.right, self.second.right, strict=True))
+        pairs = self._pairs()
         return {
             "both_right": pairs.count((True, True)),
             "only_first": pairs.count((True, False)),
@@ -129,7 +133,8 @@ class Comparison:
     @property
     def points(self) -> float:
         """Difference of the accuracies, in percentage points; positive when the second is better."""
-        return 100 * (self.second.correct - self.first.correct) / len(self.first.right)
+        pairs = self._pairs()
+        return 100 * sum(second - first for first, second in pairs) / len(pairs)
 
     def data(self) -> dict[str, Any]:
         """As JSON."""
@@ -141,9 +146,11 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """As text."""
-        n = self.pairs()
+        n, both = self.pairs(), len(self._pairs())
+        whole = both == len(self.first.right) == len(self.second.right)
+        same = "the same questions" if whole else f"the {both:,} questions that both have answered"
         lines = [
-            f"{self.second.label} against {self.first.label}, on the same questions",
+            f"{self.second.label} against {self.first.label}, on {same}",
             f"  accuracy    {self.points:+.1f} points, McNemar p = {self.p_value:.3g}",
             f"  right       both {n['both_right']:,}, only the first {n['only_first']:,}, "
             f"only the second {n['only_second']:,}, neither {n['both_wrong']:,}",
@@ -156,11 +163,19 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All of a run."""
+    """All of a run.
+
+    Attributes:
+        suite: what was asked.
+        rows: of the candidates that have answered anything.
+        comparisons: of all others with the first.
+        cut_short: where the run was ended early: (label, questions answered) of every candidate.
+    """
 
     suite: Suite
     rows: tuple[Row, ...]
     comparisons: tuple[Comparison, ...]
+    cut_short: tuple[tuple[str, int], ...] = ()
 
     def data(self) -> dict[str, Any]:
         """As JSON."""
@@ -168,19 +183,27 @@ class Report:
             "task": self.suite.task,
             "count": len(self.suite.questions),
             **self.suite.origin,
+            **({"cut_short": self._counts()} if self.cut_short else {}),
             "method": {"questions": self.suite.method, **METHOD},
             "version": __version__,
             "candidates": [row.data() for row in self.rows],
             "comparisons": [comparison.data() for comparison in self.comparisons],
         }
 
+    def _counts(self) -> list[dict[str, Any]]:
+        of = len(self.suite.questions)
+        return [{"label": label, "answered": answered, "of": of} for label, answered in self.cut_short]
+
     def text(self) -> str:
         """As a table for a terminal."""
         origin = "".join(f", {name} {value}" for name, value in self.suite.origin.items())
-        table = [row.cells() for row in self.rows]
-        table.insert(0, list(_HEADS[: len(table[0])]))
+        table = [list(_HEADS), *(row.cells() for row in self.rows)]
+        if not any(cells[-1] for cells in table[1:]):
+            table = [cells[:-1] for cells in table]
         widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
         lines = [f"{self.suite.task}: {len(self.suite.questions):,} questions{origin}, greedy", ""]
+        for one in self._counts():
+            lines.insert(-1, f"CUT SHORT: {one['label']} has answered {one['answered']:,} of {one['of']:,}")
         for first, *others in table:
             cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
             lines.append("  ".join(cells))

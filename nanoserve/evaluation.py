@@ -1,7 +1,8 @@
 """``nanoserve eval``: the same questions to one candidate after another, one engine in memory at a time."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from nanoserve.eval_server import ServerCandidate, ServerRunner
 from nanoserve.eval_stats import percentile, perplexity
 from nanoserve.local import LocalEngine
 from nanoserve.progress import QuestionBar
+from nanoserve.signals import Interrupt
 
 KL_QUESTIONS = 50
 """Questions whose distributions are compared, unless told otherwise."""
@@ -23,38 +25,66 @@ KL_BYTES = 1 << 30
 Candidate = LocalCandidate | ServerCandidate
 
 
-def evaluate(suite: Suite, candidates: Sequence[Candidate], *, kl_questions: int | None = None) -> Report:
+@dataclass(slots=True)
+class _Found:
+    """What a candidate has been found to do so far; ``answers`` are graded."""
+
+    label: str
+    facts: Mapping[str, Any]
+    answers: list[tuple[Answer, bool]] = field(default_factory=list[tuple[Answer, bool]])
+    perplexity: float | None = None
+    drift: Drift | None = None
+
+    def row(self) -> Row:
+        right = tuple(right for _, right in self.answers)
+        tokens, seconds = sum(a.tokens for a, _ in self.answers), sum(a.seconds for a, _ in self.answers)
+        return Row(self.label, self.facts, right, tokens, seconds, self.perplexity)
+
+
+def evaluate(
+    suite: Suite,
+    candidates: Sequence[Candidate],
+    *,
+    kl_questions: int | None = None,
+    interrupt: Interrupt | None = None,
+) -> Report:
     """Ask every candidate every question.
+
+    KeyboardInterrupt, once there is an answer, ends it with the answers that there are.
 
     Args:
         suite: the questions.
         candidates: the first is what the others are compared with.
         kl_questions: compare the distributions on so many questions, within `KL_BYTES`; None does not.
+        interrupt: is told when there is an answer, and asked between questions whether to go on.
 
     Raises:
         NanoserveError: a candidate cannot run, or cannot be compared; most of it before the first question.
+        KeyboardInterrupt: it came before the first answer.
     """
     vocab_size = _check(suite, candidates, kl_questions)
-    first, *others = candidates
+    interrupt = interrupt or Interrupt()
+    found: list[_Found] = []
     reference: Reference | None = None
-    with first.open() as runner:
-        row, answers = _ask(first.label, runner, suite)
-        if kl_questions is not None:
-            assert isinstance(runner, LocalRunner)
-            reference = Reference.take(runner.engine, answers[:kl_questions], KL_BYTES // (4 * vocab_size))
-            row = replace(row, perplexity=perplexity(reference.own_logprobs()))
-    rows, comparisons = [row], list[Comparison]()
-    for candidate in others:
-        with candidate.open() as runner:
-            other, _ = _ask(candidate.label, runner, suite)
-            drift = None
-            if reference is not None:
-                assert isinstance(runner, LocalRunner)
-                drift, logprobs = reference.compare(runner.engine)
-                other = replace(other, perplexity=perplexity(logprobs))
-        rows.append(other)
-        comparisons.append(Comparison(row, other, drift))
-    return Report(suite, tuple(rows), tuple(comparisons))
+    complete = False
+    try:
+        for candidate in candidates:
+            with candidate.open() as runner:
+                found.append(_Found(candidate.label, runner.facts()))
+                _ask(found[-1], runner, suite, interrupt)
+                if kl_questions is not None:
+                    assert isinstance(runner, LocalRunner)
+                    asked = [answer for answer, _ in found[0].answers[:kl_questions]]
+                    reference = _compare(found[-1], runner.engine, reference, asked, vocab_size)
+        complete = True
+    except KeyboardInterrupt:
+        if not (found and found[0].answers):
+            raise
+    rows = [(one.row(), one.drift) for one in found if one.answers]
+    comparisons = tuple(Comparison(rows[0][0], row, drift) for row, drift in rows[1:])
+    counts = [len(one.answers) for one in found] + [0] * (len(candidates) - len(found))
+    cut_short = [] if complete else [(c.label, n) for c, n in zip(candidates, counts, strict=True)]
+    return Report(suite, tuple(row for row, _ in rows), comparisons, tuple(cut_short))
 
 
 def _check(suite: Suite, candidates: Sequence[Candidate], kl_questions: int | None) -> int:
@@ -82,18 +112,28 @@ def _check(suite: Suite, candidates: Sequence[Candidate], kl_questions: int | No
     return vocab_size
 
 
-def _ask(label: str, runner: LocalRunner | ServerRunner, suite: Suite) -> tuple[Row, list[Answer]]:
+def _ask(found: _Found, runner: LocalRunner | ServerRunner, suite: Suite, interrupt: Interrupt) -> None:
     """All questions, with a bar."""
-    bar, total = QuestionBar(label), len(suite.questions)
-    answers: list[Answer] = []
-    right: list[bool] = []
-    for question in suite.questions:
+    bar, total = QuestionBar(found.label), len(suite.questions)
+    for count, question in enumerate(suite.questions, 1):
+        interrupt.check()
         answer = runner.answer(question)
-        answers.append(answer)
-        right.append(question.is_right(answer.text))
-        bar(len(right), total, f"{sum(right) / len(right):6.1%} right")
-    tokens, seconds = sum(a.tokens for a in answers), sum(a.seconds for a in answers)
-    return Row(label, runner.facts(), tuple(right), tokens, seconds), answers
+        found.answers.append((answer, question.is_right(answer.text)))
+        interrupt.worthwhile = True
+        bar(count, total, f"{sum(right for _, right in found.answers) / count:6.1%} right")
+
+
+def _compare(
+    found: _Found, engine: LocalEngine, reference: "Reference | None", asked: Sequence[Answer], vocab_size: int
+) -> "Reference":
+    """Put the distributions beside the first candidate's, which are returned; without these, it is the first."""
+    if reference is None:
+        reference = Reference.take(engine, asked, KL_BYTES // (4 * vocab_size))
+        found.perplexity = perplexity(reference.own_logprobs())
+    else:
+        found.drift, logprobs = reference.compare(engine)
+        found.perplexity = perplexity(logprobs)
+    return reference
 
 
 @dataclass(frozen=True, slots=True)

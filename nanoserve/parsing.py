@@ -6,7 +6,8 @@ The forms are those of the released chat templates: reasoning ends at ``</think>
 
 However the text is cut into pieces, the parts put together are the same. No tag of these forms stands in content
 or reasoning, and no text makes it raise: what is not well-formed stays what it stands in, without its tags. So a
-call ends the reasoning, and thoughts about ``<tool_call>`` do not.
+call ends the reasoning, and thoughts about ``<tool_call>`` do not. Content that is held to a grammar is another
+matter: a string in it may hold any tag and any white space, and is given as it is.
 """
 
 import enum
@@ -21,6 +22,9 @@ _OF_CALLS = ("<function=", "</function>", "<parameter=", "</parameter>")
 _LONGEST = max(map(len, (*_ALWAYS, *_OF_CALLS)))
 _MAX_NAME = 256
 """Characters of a function's or parameter's name; with more before its ``>`` it is none."""
+
+MAX_LEAD = 2
+"""Line feeds that may stand between the reasoning and what is held to a grammar, and are not of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ class _State(enum.Enum):
     START = enum.auto()
     REASONING = enum.auto()
     CONTENT = enum.auto()
+    LEAD = enum.auto()  # before what is held to a grammar
+    VERBATIM = enum.auto()  # in it
     CALL = enum.auto()  # behind <tool_call>, or between two functions
     FUNCTION = enum.auto()  # behind <function=NAME>
     VALUE = enum.auto()  # behind <parameter=KEY>
@@ -127,6 +133,8 @@ class Parser:
         nonempty: an answer that is all reasoning is given as content too.
         single: nothing counts after the first call.
         hide_calls: the tags inside of calls go even without tools, as ``<tool_call>`` itself always does.
+        verbatim: what follows the reasoning is held to a grammar: it is content as it stands, or with tools
+            it may be calls instead. Where no reasoning is open it begins at once, as `constraint.py` has it.
 
     Attributes:
         calls: how many have begun.
@@ -137,6 +145,7 @@ class Parser:
     nonempty: bool = False
     single: bool = False
     hide_calls: bool = False
+    verbatim: bool = False
     calls: int = field(init=False, default=0)
     _text: str = ""
     _name: str = ""
@@ -145,12 +154,15 @@ class Parser:
     _state: _State = field(init=False)
     _around: _State = field(init=False, default=_State.CONTENT)  # what a tag of a call was found in
     _searched: int = 0  # characters of a value that hold no tag
+    _lead: int = field(init=False)  # line feeds that may still be dropped
     _reasoning: _Channel = field(init=False)
     _content: _Channel = field(init=False)
     _thoughts: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
-        self._state = _State.REASONING if self.thinking else _State.START
+        before = _State.LEAD if self.verbatim else _State.START
+        self._state = _State.REASONING if self.thinking else before
+        self._lead = MAX_LEAD if self.thinking or self.tools else 0
         tags = (*_ALWAYS, *_OF_CALLS) if self.tools or self.hide_calls else _ALWAYS
         self._reasoning, self._content = _Channel(tags), _Channel(tags)
 
@@ -178,6 +190,8 @@ class Parser:
             _State.START: self._at_start,
             _State.REASONING: self._in_reasoning,
             _State.CONTENT: self._in_content,
+            _State.LEAD: self._at_lead,
+            _State.VERBATIM: self._in_verbatim,
             _State.CALL: self._in_call,
             _State.FUNCTION: self._in_function,
             _State.VALUE: self._in_value,
@@ -205,9 +219,27 @@ class Parser:
         yield from self._think(before)
         if tag == "</think>":
             yield from self._think(self._reasoning.finish(strip=True), filtered=True)
-            self._state = _State.CONTENT
+            self._state = _State.LEAD if self.verbatim else _State.CONTENT
         elif tag:
             self._enter_call(tag)
+
+    def _at_lead(self, final: bool) -> Iterator[Part]:
+        """A grammar of calls or something else is taken at its word: what begins as a call is one."""
+        while self._lead and self._text.startswith("\n"):
+            self._text, self._lead = self._text[1:], self._lead - 1
+        tag = "<tool_call>"
+        if self.tools and self._text.startswith(tag):
+            self._text = self._text.removeprefix(tag)
+            self._around, self._state = _State.CONTENT, _State.CALL
+        elif self._text and (final or not (self.tools and tag.startswith(self._text))):
+            self._state = _State.VERBATIM
+        yield from ()
+
+    def _in_verbatim(self, final: bool) -> Iterator[Part]:
+        text, self._text = self._text, ""
+        if text:
+            self._content.said = True
+            yield Content(text)
 
     def _in_content(self, final: bool) -> Iterator[Part]:
         before, tag = self._take(self._call_tags(), final)

@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import anyio.to_thread
@@ -264,13 +264,14 @@ class Routes:
 
     def _hold(self, job: Job, held: Held) -> Job:
         """The job with every answer held to what was asked."""
-        make = partial(
+        of = partial(
             self._constraints().of,
             grammar=held.grammar,
             thinking_budget=held.budget,
             param=held.param,
             budget_param="thinking_token_budget",
         )
+        make = cache(of)  # once a prompt, however many choices it has
         return replace(job, requests=[replace(one, constraint=make(one.prompt)) for one in job.requests])
 
     def _constraints(self) -> Constraints:

@@ -30,6 +30,13 @@ class Held:
     param: str = "grammar"
     budget: int | None = None
 
+    @property
+    def verbatim(self) -> bool:
+        """Whether the answer may be something other than calls that is the grammar's, character by character."""
+        if isinstance(self.grammar, ToolCalls):
+            return self.grammar.otherwise is not None
+        return self.grammar is not None
+
 
 def parse_held(fields: Fields, tools: Tools | None = None) -> Held:
     """``response_format``, vLLM's ``structured_outputs`` and ``guided_…``, a forced call, and the budget.

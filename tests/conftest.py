@@ -2,11 +2,16 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from fake_engine import Running
+
+    from nanoserve.tokenizer import Tokenizer
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -50,3 +55,20 @@ def home(tmp_path: Path) -> Path:
     """A directory that lacks weights only."""
     (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> "Tokenizer":
+    """The random one with the released templates' control tokens, of 512 ids."""
+    from fake_engine import make_tokenizer
+
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def server(tokenizer: "Tokenizer") -> "Iterator[Running]":
+    """A server over a fake engine, for clients; its key is "key"."""
+    from fake_engine import FakeEngine, running
+
+    with running(tokenizer, FakeEngine(max_context=2048), api_key="key") as server:
+        yield server

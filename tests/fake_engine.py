@@ -153,6 +153,16 @@ def running(
         assert worker.close(10)
 
 
+def script(server: Running, tokenizer: Tokenizer, text: str) -> None:
+    """Let the engine answer with this text."""
+    server.engine.script = tokenizer.encode(text)
+
+
+def prompt_of(server: Running, tokenizer: Tokenizer) -> str:
+    """What the engine was asked last."""
+    return tokenizer.decode(server.engine.started[-1], skip_special=False)
+
+
 def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     """Wait for the condition."""
     end = time.monotonic() + seconds

@@ -8,7 +8,7 @@ import anthropic
 import pytest
 from anthropic import Anthropic, AsyncAnthropic
 from anthropic.types import Message, MessageParam, ToolParam
-from fake_engine import MODEL, FakeEngine, Running, make_tokenizer, running, until
+from fake_engine import MODEL, Running, prompt_of, script, until
 
 from nanoserve.tokenizer import Tokenizer
 
@@ -28,29 +28,10 @@ CALL = (
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with running(tokenizer, FakeEngine(max_context=2048), api_key="key") as server:
-        yield server
-
-
 @pytest.fixture
 def client(server: Running) -> Iterator[Anthropic]:
     with Anthropic(base_url=server.url, api_key="key", max_retries=0) as client:
         yield client
-
-
-def script(server: Running, tokenizer: Tokenizer, text: str) -> None:
-    server.engine.script = tokenizer.encode(text)
-
-
-def prompt_of(server: Running, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(server.engine.started[-1], skip_special=False)
 
 
 def test_a_message(client: Anthropic, server: Running, tokenizer: Tokenizer) -> None:
@@ -227,6 +208,22 @@ def test_what_ends_an_answer(client: Anthropic, server: Running, tokenizer: Toke
     script(server, tokenizer, "")
     silent = client.messages.create(model=MODEL, max_tokens=5, messages=HI, **off)
     assert (silent.content, silent.stop_reason) == ([], "end_turn")
+
+
+@pytest.mark.parametrize("thoughts", ["", "r\n</think>\n\n"])
+def test_a_format_is_given_as_it_is(
+    client: Anthropic, server: Running, tokenizer: Tokenizer, thoughts: str
+) -> None:
+    held: Any = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}}
+    if not thoughts:
+        held["thinking"] = {"type": "disabled"}
+    said = '{"a": " <think></think> <tool_call> "}'
+    server.engine.script = [*tokenizer.encode(thoughts), *tokenizer.encode_text(said)]
+    answer = client.messages.create(model=MODEL, max_tokens=200, messages=HI, **held)
+    assert [block.text for block in answer.content if block.type == "text"] == [said]
+    assert len(answer.content) == 1 + bool(thoughts)
+    streamed = [event.delta for event in events(client, **held) if event.type == "content_block_delta"]
+    assert "".join(delta.text for delta in streamed if delta.type == "text_delta") == said
 
 
 def test_counting_tokens(client: Anthropic, server: Running, tokenizer: Tokenizer) -> None:

@@ -420,6 +420,8 @@ def test_a_constraint_that_fails_ends_its_request_and_no_other(engine: Engine) -
         worker.wait_ready(10)
         got = list(worker.stream(Request((5,), constraint=Failing)))
         assert got[-1] == Finish("error", "too complex")
-        assert list(worker.stream(Request((5,), SamplingParams(max_tokens=1))))[-1].reason in ("length", "stop")  # type: ignore[union-attr]
+        end = list(worker.stream(Request((5,), SamplingParams(max_tokens=1))))[-1]
+        assert isinstance(end, Finish)
+        assert end.reason in ("length", "stop")
     finally:
         worker.close(10)

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import MODEL, PLAIN, VOCAB, FakeEngine, make_service, make_tokenizer, plain_config
+from fake_engine import MODEL, PLAIN, VOCAB, FakeEngine, make_service, plain_config
 from in_process import client_of
 from starlette.applications import Starlette
 from test_malformed import RAW, check_error
@@ -215,11 +215,6 @@ def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 CASES = list(cases())
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

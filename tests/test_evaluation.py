@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -17,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_engine import FakeEngine, make_tokenizer, running
+from fake_engine import FakeEngine, running
 
 import nanoserve
 from nanoserve import gsm8k
@@ -32,6 +34,7 @@ from nanoserve.evaluation import Reference, evaluate, kl_divergence
 from nanoserve.local import LocalEngine
 from nanoserve.models.demo.tasks import Problem, grade
 from nanoserve.progress import QuestionBar
+from nanoserve.signals import Interrupt
 from nanoserve.tokenizer import Tokenizer
 
 SEED = 77
@@ -193,11 +196,6 @@ def engine(random_checkpoint: Path) -> Iterator[LocalEngine]:
         yield engine
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 class TestDistributions:
     def test_they_are_those_of_the_answer(self, engine: LocalEngine) -> None:
         prompt = list(range(20, 40))
@@ -336,6 +334,43 @@ class TestReport:
         bar(1, 3, "x")
         bar(3, 3, "66.7% right")
         assert stream.getvalue() == "demo 100%  3 of 3 questions  66.7% right\n"
+
+    def test_pairs_of_a_run_that_was_cut_short(self) -> None:
+        first, second = (Row(name, {}, (True, False, True, True)[:n], n, 1.0) for name, n in (("a", 4), ("b", 2)))
+        for pair in (Comparison(first, second, None), Comparison(second, first, None)):
+            assert pair.pairs() == {"both_right": 1, "only_first": 0, "only_second": 0, "both_wrong": 1}
+            assert pair.points == 0
+
+    def test_a_signal_ends_the_process_unless_there_is_something_to_show(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("nanoserve.signals.os._exit", sys.exit)
+        interrupt = Interrupt()
+        with pytest.raises(SystemExit) as ended:
+            interrupt.hear(signal.SIGTERM, None)
+        assert ended.value.code == 143
+        interrupt.worthwhile = True
+        interrupt.check()
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.hear(signal.SIGINT, None)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+        with pytest.raises(SystemExit) as ended:
+            interrupt.hear(signal.SIGINT, None)
+        assert ended.value.code == 130
+
+    def test_what_a_handler_raised_in_vain_is_heard_at_the_next_question(
+        self, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        interrupt = Interrupt()
+
+        def grade(task: str, problem: StubProblem, text: str) -> bool:
+            interrupt.number = signal.SIGTERM
+            return True
+
+        monkeypatch.setattr(sys.modules["nanoserve.models.demo.tasks"], "grade", grade)
+        report = evaluate(suite(), [candidate(random_checkpoint)], interrupt=interrupt)
+        assert report.cut_short == (("first", 1),)
 
 
 class TestServer:
@@ -530,6 +565,58 @@ class TestCommand:
         assert err.startswith("nanoserve: error: ")
         assert err.count("\n") == 1
         assert words in err
+
+    def ended_at(self, monkeypatch: pytest.MonkeyPatch, answers: int, end: Callable[[], None]) -> None:
+        """Have so many answers graded before something ends the run."""
+        graded: list[str] = []
+
+        def grade(task: str, problem: StubProblem, text: str) -> bool:
+            graded.append(text)
+            if len(graded) > answers:
+                end()
+            return True
+
+        monkeypatch.setattr(sys.modules["nanoserve.models.demo.tasks"], "grade", grade)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    @pytest.mark.parametrize("answers", [1, 4, 6])
+    def test_ended_it_prints_what_it_has(
+        self,
+        capfd: pytest.CaptureFixture[str],
+        random_checkpoint: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        answers: int,
+        number: signal.Signals,
+    ) -> None:
+        self.ended_at(monkeypatch, answers, lambda: os.kill(os.getpid(), number))
+        before = signal.getsignal(number)
+        options = ("--count", "4", "--device", "cpu", "--max-context", "512", "--json")
+        code, out, err = self.run(capfd, "json", random_checkpoint, "--against", "dtype=bfloat16", *options)
+        assert code == 128 + number
+        assert "another signal leaves at once" in err
+        assert signal.getsignal(number) is before
+        data, counts = json.loads(out), (min(answers, 4), max(answers - 4, 0))
+        assert data["cut_short"] == [
+            {"label": label, "answered": count, "of": 4}
+            for label, count in zip(("model", "dtype=bfloat16"), counts, strict=True)
+        ]
+        assert [row["total"] for row in data["candidates"]] == [count for count in counts if count]
+        assert [pair["both_right"] for pair in data["comparisons"]] == [count for count in counts[1:] if count]
+
+    def test_a_table_that_was_cut_short(
+        self, capfd: pytest.CaptureFixture[str], random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.ended_at(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        options = ("--count", "4", "--device", "cpu", "--max-context", "512", "--kl")
+        code, out, _ = self.run(capfd, "json", random_checkpoint, "--against", "dtype=bfloat16", *options)
+        assert code == 128 + signal.SIGTERM
+        lines = out.splitlines()
+        assert lines[1:3] == [
+            "CUT SHORT: model has answered 4 of 4",
+            "CUT SHORT: dtype=bfloat16 has answered 2 of 4",
+        ]
+        assert len({len(line) for line in lines[4:7]}) == 1
+        assert "on the 2 questions that both have answered" in out
 
     def test_interrupted_it_prints_no_result(
         self, capsys: pytest.CaptureFixture[str], random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ SOURCES = sorted(p for folder in FOLDERS for p in (ROOT / folder).glob("*.py"))
 
 FLOORS = (
     # From the ground up: a module imports only from floors below its own, or from its own.
-    {"errors", "config", "request", "models.config", "quantization", "eval_stats", "svg"},
+    {"errors", "config", "request", "models.config", "quantization", "eval_stats", "svg", "signals"},
     {"kernels"},
     {"cache", "files", "checkpoint", "safetensors_header"},
     {"models"},

@@ -8,7 +8,7 @@ from typing import cast
 
 import openai
 import pytest
-from fake_engine import PLAIN, FakeEngine, Running, make_tokenizer, running, until
+from fake_engine import PLAIN, Running, script, until
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import (
     ChatCompletion,
@@ -23,25 +23,10 @@ MODEL = "org/fake"
 HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with running(tokenizer, FakeEngine(max_context=2048), api_key="key") as server:
-        yield server
-
-
 @pytest.fixture
 def client(server: Running) -> Iterator[OpenAI]:
     with OpenAI(base_url=server.url + "/v1", api_key="key", max_retries=0) as client:
         yield client
-
-
-def script(server: Running, tokenizer: Tokenizer, text: str) -> None:
-    server.engine.script = tokenizer.encode(text)
 
 
 def test_models(client: OpenAI) -> None:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import openai
 import pytest
-from fake_engine import MODEL, FakeEngine, Running, make_tokenizer, running
+from fake_engine import MODEL, Running, prompt_of, script
 from openai import OpenAI
 from openai.types.responses import FunctionToolParam, Response, ResponseInputParam
 
@@ -30,29 +30,10 @@ WEATHER: FunctionToolParam = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def server(tokenizer: Tokenizer) -> Iterator[Running]:
-    with running(tokenizer, FakeEngine(max_context=2048), api_key="key") as server:
-        yield server
-
-
 @pytest.fixture
 def client(server: Running) -> Iterator[OpenAI]:
     with OpenAI(base_url=server.url + "/v1", api_key="key", max_retries=0) as client:
         yield client
-
-
-def script(server: Running, tokenizer: Tokenizer, text: str) -> None:
-    server.engine.script = tokenizer.encode(text)
-
-
-def prompt_of(server: Running, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(server.engine.started[-1], skip_special=False)
 
 
 def test_a_response(client: OpenAI, server: Running, tokenizer: Tokenizer) -> None:
@@ -218,6 +199,19 @@ def test_what_ends_an_answer(client: OpenAI, server: Running, tokenizer: Tokeniz
     script(server, tokenizer, "")
     silent = client.responses.create(model=MODEL, input="hi", **OFF)
     assert (silent.output, silent.output_text, silent.status) == ([], "", "completed")
+
+
+@pytest.mark.parametrize("thoughts", ["", "r\n</think>\n\n"])
+def test_a_format_is_given_as_it_is(client: OpenAI, server: Running, tokenizer: Tokenizer, thoughts: str) -> None:
+    held: Any = {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}}
+    if not thoughts:
+        held |= OFF
+    said = '{"a": " <think></think> <tool_call> "}'
+    server.engine.script = [*tokenizer.encode(thoughts), *tokenizer.encode_text(said)]
+    answer = client.responses.create(model=MODEL, input="hi", **held)
+    assert (answer.output_text, len(answer.output)) == (said, 1 + bool(thoughts))
+    deltas = [event.delta for event in events(client, **held) if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == said
 
 
 def test_what_would_need_a_memory_is_refused(client: OpenAI) -> None:

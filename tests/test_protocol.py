@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from fake_engine import MODEL, VOCAB, make_tokenizer
+from fake_engine import MODEL, VOCAB
 
 from nanoserve.chat import MAX_MESSAGES, parse_chat
 from nanoserve.chat_answer import ChatWriter
@@ -24,11 +24,6 @@ from nanoserve.tokenizer import Tokenizer
 LIMITS = Limits(MODEL, VOCAB, {"temperature": 0.6, "top_p": 0.95}, has_text=True)
 HI = [{"role": "user", "content": "hi"}]
 HEAD = {"id": "x-1", "created": 7, "model": MODEL}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def chat(**fields: Any) -> SamplingParams:

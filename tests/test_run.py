@@ -261,13 +261,13 @@ def test_a_server_that_is_ended_while_it_starts_says_nothing_more(words: str) ->
 
 DROPPED = """
 import os, signal
-from nanoserve.cli import _leaving_at_once
+from nanoserve.signals import hearing, leave
 
 class Dropped:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)  # the handler runs in here, where Python drops exceptions
 
-with _leaving_at_once(signal.SIGTERM):
+with hearing(leave, signal.SIGTERM):
     Dropped()
     print("went on")
 """

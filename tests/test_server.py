@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import END, PLAIN, FakeEngine, Running, make_service, make_tokenizer, plain_config, running, until
+from fake_engine import END, PLAIN, FakeEngine, Running, make_service, plain_config, running, until
 from in_process import client_of, events_of
 from openai.types.chat import ChatCompletionMessage
 from starlette.testclient import TestClient
@@ -20,11 +20,6 @@ from nanoserve.worker import EngineLike, Worker
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

@@ -109,22 +109,17 @@ class TestProcess:
     def test_a_second_signal_ends_at_once(self, start: StartServer) -> None:
         process, url = start(0.1)
         self.wait(url)
-        with (
-            suppress(httpx.TransportError),
-            httpx.stream("POST", url + CHAT, json={**LONG, "stream": True}) as response,
-        ):
+        with httpx.stream("POST", url + CHAT, json={**LONG, "stream": True}) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGINT)
             self.wait(url, 503)
             before = time.monotonic()
             process.send_signal(signal.SIGINT)
-            process.wait(5)
-            assert time.monotonic() - before < 1.5, (
-                "the last bytes have two seconds, which the second signal cuts short"
-            )
-            assert "data: [DONE]" not in list(lines)
-        _, errors = process.communicate()
+            with suppress(httpx.TransportError):
+                assert "data: [DONE]" not in list(lines)
+            assert time.monotonic() - before < 1
+        _, errors = process.communicate(timeout=20)
         assert "Traceback" not in errors
 
     def test_a_second_signal_does_not_wait_for_a_stalled_reader(self, start: StartServer) -> None:
@@ -145,9 +140,7 @@ class TestProcess:
             before = time.monotonic()
             process.send_signal(signal.SIGTERM)
             assert process.wait(5) == 0
-            assert time.monotonic() - before < 1.5, (
-                "the last bytes have two seconds, which the second signal cuts short"
-            )
+            assert time.monotonic() - before < 1, "not two seconds, which the last bytes have after one signal"
 
     def test_health_answers_while_large_bodies_are_prepared(self, start: StartServer) -> None:
         """The clients' own work is not in the server's process."""
@@ -175,10 +168,11 @@ class TestProcess:
         assert slowest < 0.5
 
     def test_a_failed_load(self, start: StartServer) -> None:
+        process, url = start(0.0, 1.5, "shape is wrong")
+        self.wait(url, 503)  # loading: Python's own start, which takes long on a busy machine, is over
         before = time.monotonic()
-        process, _ = start(0.0, 0.2, "shape is wrong")
         _, errors = process.communicate(timeout=20)
-        assert time.monotonic() - before < 15, "most of it is Python's own start"
+        assert time.monotonic() - before < 1.5 + 1
         assert process.returncode == 1
         assert errors.splitlines() == ["nanoserve: error: model.safetensors: shape is wrong"]
 

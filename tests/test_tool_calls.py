@@ -1,12 +1,11 @@
 """Tool calls through the endpoint: what the model says, and what a client gets and sends back."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-from fake_engine import PLAIN, FakeEngine, make_tokenizer
+from fake_engine import PLAIN, FakeEngine
 from in_process import CHAT, Said, ask, client_of, events_of, of_choice, of_chunks
 from starlette.testclient import TestClient
 from test_parsing import CALL_TAGS, PIECES, TAGS, call
@@ -39,12 +38,6 @@ TOOLS = [
     tool("get_weather", city={"type": "string"}),
 ]
 SCHEMAS = {entry["function"]["name"]: entry["function"]["parameters"] for entry in TOOLS}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    directory: Path = tmp_path_factory.mktemp("tokenizer")
-    return make_tokenizer(directory)
 
 
 @pytest.fixture

@@ -107,10 +107,15 @@ def export(source: Path, out: Path, calibration: Path | None) -> str:
         hf_quant["quantization"] = excluding_mtp(hf_quant["quantization"], "exclude_modules")
     _write_json(out / CONFIG, {**checkpoint.config, "quantization_config": quantization})
     _write_json(out / HF_QUANT_CONFIG, hf_quant)
+    copy_files(source, out)
+    return report(source, out)
+
+
+def copy_files(source: Path, out: Path) -> None:
+    """What passes through as it is."""
     for name in COPIED:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
-    return report(source, out)
 
 
 def _refuse_quantised(checkpoint: Checkpoint, config: NemotronHConfig) -> None:

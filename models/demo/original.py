@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import lzma
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,18 +19,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanoserve.checkpoint import GENERATION_CONFIG, SINGLE
+from nanoserve.checkpoint import SINGLE
 from nanoserve.errors import CheckpointError, ConfigError, NanoserveError
 from nanoserve.files import DEMO_MODEL
 from nanoserve.kernels import fp8, nvfp4
 from nanoserve.models.demo import released
+from nanoserve.models.demo.export import copy_files
 
 _TRAINING = Path(__file__).parent / "training"
 LOST = _TRAINING / "lost.xz"
 """For each quantised weight by name, its BF16 bits ^ those of its quantised value: low bytes, then high ones."""
 
 _SCALES = ("_scale", "_scale_2")
-_COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", GENERATION_CONFIG)
 
 
 def restore(out: Path, shipped: Path = DEMO_MODEL, lost: Path = LOST) -> str:
@@ -59,8 +58,7 @@ def restore(out: Path, shipped: Path = DEMO_MODEL, lost: Path = LOST) -> str:
         tensors[name] = (rounded ^ part).view(torch.bfloat16)
         at += rounded.numel()
     released.write_json(out / "config.json", released.CONFIG)
-    for name in _COPIED:
-        shutil.copyfile(shipped / name, out / name)
+    copy_files(shipped, out)
     save_file(tensors, out / SINGLE, metadata={"format": "pt"})
     return hashlib.sha256((out / SINGLE).read_bytes()).hexdigest()
 
