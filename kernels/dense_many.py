@@ -1,4 +1,4 @@
-"""Dense products of many tokens through the vendor's BF16 product: as it is, or over a weight expanded in parts."""
+"""Dense products of many tokens by the vendor's BF16 product: as it is, or over a weight expanded in parts."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Host side of the routed experts over many tokens in Triton: three launches after the sort, no wait for the GPU."""
+"""Host side of the routed experts over many tokens in Triton: three launches after a sort, and no wait."""
 
 from dataclasses import dataclass
 

@@ -22,82 +22,81 @@ from nanoserve.kernels.ssm import SsmWeights
 
 BACKENDS: Mapping[str, Mapping[str, str]] = {
     # op: {backend: "module:function"}, best first. The torch column is each op's meaning and runs anywhere.
-    # Where torch stands before triton, no GPU has yet shown that kernel right and fast: it is taken by name only.
     "add_norm": {
-        "torch": "nanoserve.kernels.norm:add_norm",
         "triton": "nanoserve.kernels.triton_linear:add_norm",
+        "torch": "nanoserve.kernels.norm:add_norm",
     },
     "gated_norm": {
-        "torch": "nanoserve.kernels.norm:gated_norm",
         "triton": "nanoserve.kernels.triton_prefill:gated_norm",
+        "torch": "nanoserve.kernels.norm:gated_norm",
     },
     "linear_plain": {
-        "torch": "nanoserve.kernels.linear:linear",
         "triton": "nanoserve.kernels.triton_linear:linear",
+        "torch": "nanoserve.kernels.linear:linear",
     },
     "linear_fp8": {
-        "torch": "nanoserve.kernels.linear:linear",
         "triton": "nanoserve.kernels.triton_linear:linear",
+        "torch": "nanoserve.kernels.linear:linear",
     },
     "linear_nvfp4": {
-        "torch": "nanoserve.kernels.linear:linear",
         "triton": "nanoserve.kernels.triton_linear:linear",
+        "torch": "nanoserve.kernels.linear:linear",
     },
     "head": {
-        "torch": "nanoserve.kernels.linear:linear_f32",
         "triton": "nanoserve.kernels.triton_linear:linear_f32",
+        "torch": "nanoserve.kernels.linear:linear_f32",
     },
     "linears": {
-        "torch": "nanoserve.kernels.fused:linears",
         "triton": "nanoserve.kernels.triton_linear:linears",
+        "torch": "nanoserve.kernels.fused:linears",
     },
     "linear_add_norm": {
-        "torch": "nanoserve.kernels.fused:linear_add_norm",
         "triton": "nanoserve.kernels.triton_linear:linear_add_norm",
+        "torch": "nanoserve.kernels.fused:linear_add_norm",
     },
     "mlp_add_norm": {
-        "torch": "nanoserve.kernels.fused:mlp_add_norm",
         "triton": "nanoserve.kernels.triton_linear:mlp_add_norm",
+        "torch": "nanoserve.kernels.fused:mlp_add_norm",
     },
     "moe_add_norm": {
-        "torch": "nanoserve.kernels.fused:moe_add_norm",
         "triton": "nanoserve.kernels.triton_experts:moe_add_norm",
+        "torch": "nanoserve.kernels.fused:moe_add_norm",
     },
     "conv_prefill": {
-        "torch": "nanoserve.kernels.conv:conv",
         "triton": "nanoserve.kernels.triton_prefill:conv_prefill",
+        "torch": "nanoserve.kernels.conv:conv",
     },
     "ssm_prefill": {
-        "torch": "nanoserve.kernels.ssm:ssm_scan",
         "triton": "nanoserve.kernels.triton_scan:ssm_prefill",
+        "torch": "nanoserve.kernels.ssm:ssm_scan",
     },
     "mamba_decode": {
-        "torch": "nanoserve.kernels.mamba:mamba_decode",
         "triton": "nanoserve.kernels.triton_mamba:mamba_decode",
+        "torch": "nanoserve.kernels.mamba:mamba_decode",
     },
     "kv_append": {
-        "torch": "nanoserve.kernels.attention:kv_append",
         "triton": "nanoserve.kernels.triton_attention:kv_append",
+        "torch": "nanoserve.kernels.attention:kv_append",
     },
     "attention_prefill": {
-        "torch": "nanoserve.kernels.attention:attention",
         "triton": "nanoserve.kernels.triton_flash:attention_prefill",
+        "torch": "nanoserve.kernels.attention:attention",
     },
     "attention_decode": {
-        "torch": "nanoserve.kernels.attention:attention",
         "triton": "nanoserve.kernels.triton_attention:attention_decode",
+        "torch": "nanoserve.kernels.attention:attention",
     },
     "router": {
-        "torch": "nanoserve.kernels.router:router",
         "triton": "nanoserve.kernels.triton_experts:router",
+        "torch": "nanoserve.kernels.router:router",
     },
     "experts_prefill": {
-        "torch": "nanoserve.kernels.moe:experts",
         "triton": "nanoserve.kernels.prefill_experts:experts_prefill",
+        "torch": "nanoserve.kernels.moe:experts",
     },
     "sample": {
-        "torch": "nanoserve.kernels.sample:sample",
         "triton": "nanoserve.kernels.triton_sample:sample",
+        "torch": "nanoserve.kernels.sample:sample",
     },
 }
 
@@ -114,11 +113,11 @@ HOST_BOUND: Mapping[tuple[str, str], str] = {
     ("sample", "torch"): "takes the request's numbers from the host",
 }
 
-Requirement = Callable[[torch.device], str | None]
-"""Why a backend cannot run on a device, or None when it can."""
+Requirement = Callable[[torch.device, torch.dtype], str | None]
+"""Why a backend cannot run on a device with activations of a type, or None when it can."""
 
 
-def _triton(device: torch.device) -> str | None:
+def _triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" or not torch.cuda.is_available():
         return "needs an NVIDIA GPU"
     if not find_spec("triton"):
@@ -126,10 +125,12 @@ def _triton(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0) and major != 12:
         return f"needs compute capability 9.0 or 12.x, and this GPU has {major}.{minor}"
+    if dtype != torch.bfloat16:
+        return f"needs bfloat16 activations, and these are {str(dtype).removeprefix('torch.')}"
     return None
 
 
-REQUIREMENTS: Mapping[str, Requirement] = {"torch": lambda device: None, "triton": _triton}
+REQUIREMENTS: Mapping[str, Requirement] = {"torch": lambda device, dtype: None, "triton": _triton}
 
 Experts = Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
 Attend = Callable[[Tensor, LayerKV, Tensor, Tensor], Tensor]
@@ -182,11 +183,12 @@ class Ops:
                 return self.linear_nvfp4(x, weight)
 
 
-def select(device: torch.device, choices: Mapping[str, str]) -> Ops:
+def select(device: torch.device, dtype: torch.dtype, choices: Mapping[str, str]) -> Ops:
     """Resolve every op for a device.
 
     Args:
         device: where the model runs.
+        dtype: the activations'.
         choices: op → backend, for ops that should not be chosen automatically.
 
     Raises:
@@ -195,7 +197,7 @@ def select(device: torch.device, choices: Mapping[str, str]) -> Ops:
     unknown = sorted(set(choices) - set(BACKENDS))
     if unknown:
         raise BackendError(f"unknown op {unknown[0]!r}; known are {', '.join(BACKENDS)}")
-    report = tuple(_resolve(op, device, choices.get(op)) for op in BACKENDS)
+    report = tuple(_resolve(op, device, dtype, choices.get(op)) for op in BACKENDS)
     functions: dict[str, Any] = {row.op: _function(BACKENDS[row.op][row.backend]) for row in report}
     expected = {field.name for field in fields(Ops)} - {"report"}
     assert functions.keys() == expected, "BACKENDS and Ops name different ops"
@@ -218,9 +220,9 @@ def describe(report: tuple[Resolution, ...]) -> list[str]:
     return lines
 
 
-def _resolve(op: str, device: torch.device, choice: str | None) -> Resolution:
+def _resolve(op: str, device: torch.device, dtype: torch.dtype, choice: str | None) -> Resolution:
     backends = BACKENDS[op]
-    reasons = {backend: REQUIREMENTS[backend](device) for backend in backends}
+    reasons = {backend: REQUIREMENTS[backend](device, dtype) for backend in backends}
     able = [backend for backend, reason in reasons.items() if reason is None]
     rejected = tuple((backend, reason) for backend, reason in reasons.items() if reason is not None)
     if choice is None:
@@ -232,9 +234,11 @@ def _resolve(op: str, device: torch.device, choice: str | None) -> Resolution:
     return Resolution(op, choice, "chosen by name", rejected)
 
 
-def backends(op: str, device: torch.device) -> tuple[dict[str, Callable[..., Any]], tuple[tuple[str, str], ...]]:
+def backends(
+    op: str, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Callable[..., Any]], tuple[tuple[str, str], ...]]:
     """An op's backends that can run on a device, best first, and the others with their reasons."""
-    reasons = {name: REQUIREMENTS[name](device) for name in BACKENDS[op]}
+    reasons = {name: REQUIREMENTS[name](device, dtype) for name in BACKENDS[op]}
     able = {name: _function(BACKENDS[op][name]) for name, reason in reasons.items() if reason is None}
     return able, tuple((name, reason) for name, reason in reasons.items() if reason is not None)
 

@@ -38,7 +38,7 @@ def tile_of(op: str, device: torch.device) -> Tile:
     return TILES.get(chip, _BASE)[op] if chip else _BASE[op]
 
 
-def dependent(device: torch.device, *, early: int = 1) -> dict[str, Any]:
+def dependent(device: torch.device, *, early: int = 0) -> dict[str, Any]:
     """Options for a launch that may begin before the one in front of it has ended."""
     return {"PDL": early, "launch_pdl": True} if early and device.type != "cpu" else {"PDL": 0}
 

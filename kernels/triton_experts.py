@@ -153,7 +153,7 @@ def down_products(
     x2, second = (shared[0], stored(shared[1])) if shared else (hidden, view)
     stream, normed = (tail[0], tail[2]) if tail else (out, out)
     norm = tail[1] if tail else Norm(weights, 0.0, tickets)
-    count = blocks(top_k, tile.slots) + (1 if shared else 0)
+    count = top_k + (1 if shared else 0)
     parts = torch.empty((len(ids), count, view.rows), device=out.device)
     launch(
         down_kernel, (blocks(view.rows, tile.rows), count, len(ids)),

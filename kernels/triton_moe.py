@@ -12,7 +12,7 @@ find it in the second cache. The weighted sum runs over the experts in the order
 import triton
 import triton.language as tl
 
-from nanoserve.kernels.triton_skinny import ahead, product, project, slot_sums
+from nanoserve.kernels.triton_skinny import ahead, product, project
 from nanoserve.kernels.triton_stream import last_of, normalise_if_last
 from nanoserve.kernels.triton_tile import fetch, producers_done, release
 
@@ -211,9 +211,10 @@ def up_kernel(
     """Set out [T * TOP, rows] = relu(x @ w[ids].T)²; grid (blocks of BN rows, T * TOP)."""
     PER: tl.constexpr = 4 if BITS == 4 else 1  # what an element of the stored weight holds
     block, pair = tl.program_id(0), tl.program_id(1)
-    e = tl.load(ids + pair + producers_done(PDL)).to(tl.int64)
+    zero = producers_done(PDL)
+    e = tl.load(ids + pair + zero).to(tl.int64)
     project(
-        block, x + pair // TOP * K, K, w + e * rows * (K // PER), scales + e * rows * (K // 16),
+        block, x + pair // TOP * K + zero, K, w + e * rows * (K // PER), scales + e * rows * (K // 16),
         matrix_scales + e, out + pair * rows, rows,
         1, K, BITS, True, BN, CHUNK, BT, SLOTS, STAGES, 0, False, ASM,
     )  # fmt: skip
@@ -259,20 +260,25 @@ def down_kernel(
 ) -> None:
     """The experts' second product and weighted sum; grid (blocks of BN rows, parts, T).
 
-    A part is SLOTS experts, one a warp; the shared expert is one more, unless BITS2 is 0. The last program of a
-    block of rows adds the parts up in their order. Without a shared expert out [T, rows] is that sum. With one it
-    is stream + sum + x2 @ w2.T, each rounded as the reference rounds it, and normed is its norm, with FUSED.
+    A part is an expert; the shared one is one more, unless BITS2 is 0. The last program of a block of rows adds
+    the parts up in their order. Without a shared expert out [T, rows] is that sum. With one it is stream + sum +
+    x2 @ w2.T, each rounded as the reference rounds it, and normed is its norm, with FUSED.
     """
     block, part, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    ROUTED: tl.constexpr = (TOP + SLOTS - 1) // SLOTS
+    PER: tl.constexpr = 4 if BITS == 4 else 1  # what an element of the stored weight holds
     SHARED: tl.constexpr = BITS2 if BITS2 > 0 else 16  # without one, no program takes that way
-    count: tl.constexpr = ROUTED + 1 if BITS2 > 0 else ROUTED
+    count: tl.constexpr = TOP + 1 if BITS2 > 0 else TOP
     n = block * BN + tl.arange(0, BN)
-    if part < ROUTED:
-        y = expert_sums(
-            hidden + t * TOP * K, ids + t * TOP, weights + t * TOP, w, scales, matrix_scales, part,
-            tl.minimum(n, rows - 1), rows, K, BITS, TOP, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
+    if part < TOP:
+        chosen = t * TOP + part
+        zero = producers_done(PDL)
+        e = tl.load(ids + chosen + zero).to(tl.int64)
+        y = product(
+            block, 0, hidden + chosen * K + zero, K, w + e * rows * (K // PER), scales + e * rows * (K // 16),
+            matrix_scales + e, rows, 1, K, K, BITS, BN, CHUNK, BT, SLOTS, STAGES, False, ASM,
         )  # fmt: skip
+        y = y * tl.load(weights + chosen)
+        release(PDL)
     else:
         ahead(block, 0, w2, scales2, rows, K2, K2, SHARED, BN, SLOTS, AHEAD)
         y = product(
@@ -284,11 +290,11 @@ def down_kernel(
     tl.store(parts + part * rows + n, first_column(y, BT), mask=inside)
     if last_of(block_tickets + t * tl.num_programs(0) + block, count):
         total = tl.zeros([BN], tl.float32)
-        for i in tl.static_range(ROUTED):
+        for i in tl.static_range(TOP):
             total += tl.load(parts + i * rows + n, mask=inside, other=0.0, cache_modifier=".cg")
         result = total.to(out.dtype.element_ty)
         if BITS2 > 0:
-            shared = tl.load(parts + ROUTED * rows + n, mask=inside, other=0.0, cache_modifier=".cg")
+            shared = tl.load(parts + TOP * rows + n, mask=inside, other=0.0, cache_modifier=".cg")
             shared = shared.to(out.dtype.element_ty)
             both = (result.to(tl.float32) + shared.to(tl.float32)).to(out.dtype.element_ty)
             before = tl.load(stream + t * rows + n, mask=inside, other=0.0)
@@ -297,48 +303,6 @@ def down_kernel(
         if FUSED:
             programs = tl.num_programs(0) * T
             normalise_if_last(out, norm, normed, rows, eps, norm_tickets, programs, T, BLOCK)
-
-
-@triton.jit
-def expert_sums(
-    hidden: tl.tensor,
-    ids: tl.tensor,
-    weights: tl.tensor,
-    w: tl.tensor,
-    scales: tl.tensor,
-    matrix_scales: tl.tensor,
-    part: tl.tensor,
-    n: tl.tensor,
-    rows: tl.tensor,
-    K: tl.constexpr,
-    BITS: tl.constexpr,
-    TOP: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BT: tl.constexpr,
-    SLOTS: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-    ASM: tl.constexpr,
-) -> tl.tensor:
-    """One part's sum of weights[j] * hidden[j] @ w[ids[j]].T, of one token: float32 [BN, BT], columns alike."""
-    PER: tl.constexpr = 4 if BITS == 4 else 1  # what an element of a tile holds
-    BK: tl.constexpr = CHUNK * 8 // BITS
-    zero = producers_done(PDL)
-    j = part * SLOTS + tl.arange(0, SLOTS)
-    there = j < TOP
-    e = tl.load(ids + zero + j, mask=there, other=0).to(tl.int64)
-    factor = tl.load(weights + zero + j, mask=there, other=0.0)
-    if BITS < 16:
-        factor = factor * tl.load(matrix_scales + e)
-    hidden = hidden + zero
-    if BITS == 4:
-        hidden = hidden.to(tl.pointer_type(tl.int64))
-    y = slot_sums(
-        hidden + tl.minimum(j, TOP - 1) * (K // PER), 0, w + e * rows * (K // PER), scales + e * rows * (K // 16),
-        n, tl.zeros([SLOTS], tl.int32), 1, K, BITS, BK, K, BK, BT, STAGES, ASM,
-    )  # fmt: skip
-    release(PDL)
-    return tl.sum(y * factor[:, None, None], 0)
 
 
 @triton.jit

@@ -44,12 +44,13 @@ def grouped_kernel(
 ) -> None:
     """Grid (blocks of BN rows, blocks of BT pairs).
 
-    Where UP: out = relu(w x)² as BF16, in the order of the experts, x [tokens, K] in that of the tokens. Else: out =
-    w x as float32, in the order of the pairs, x [pairs, K] in that of the experts.
+    Where UP: out = relu(w x)² as BF16, in the order of the experts, x [tokens, K] in that of the tokens.
+    Else: out = w x as float32, in the order of the pairs, x [pairs, K] in that of the experts.
     Where BITS is 4, x is [4, tokens or pairs, K / 4], x[i, t, e] being the value at k = 4 e + i, as the codes of a
     stored element lie; and an UP's out is so, too.
 
-    order: int32 [pairs], the pair at each place among the sorted; starts: int32 [E + 1], each expert's first place;
+    order: int32 [pairs], the pair at each place among the sorted;
+    starts: int32 [E + 1], each expert's first place;
     block_ends: int32 [E], blocks of all experts up to this one.
     """
     block = tl.program_id(1)
@@ -117,7 +118,7 @@ def choices_kernel(
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid (tokens, blocks of the width): out = sum of a token's parts by their weights, in the order of choice."""
+    """Grid (tokens, blocks of the width): out = sum of a token's parts by their weights, in the choice's order."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

@@ -33,8 +33,8 @@ def conv_kernel(
 ) -> None:
     """Grid (blocks of BC channels, blocks of BT tokens).
 
-    Of the programs of a channel only the first block's touches the state: it reads what was before, and writes what
-    is after, whose numbers it finds in x however long that is. So no program reads what another one writes.
+    Of the programs of a channel only the first block's touches the state: it reads what was before, and writes
+    what is after, whose numbers it finds in x however long that is. So none reads what another one writes.
     """
     first = tl.program_id(1) == 0
     c = tl.program_id(0) * BC + tl.arange(0, BC)

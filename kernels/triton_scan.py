@@ -4,8 +4,8 @@
 2. For every head: the states, chunk after chunk; what was added is replaced by the state in front of the chunk.
 3. For every chunk, head and block of its tokens: the outputs, from the tokens before in the chunk and that state.
 
-B, C and x are BF16 and go to the tensor cores as they are. What meets them (decayed scores, decayed inputs, states)
-is float32, and goes there as two BF16, its rounded value and the rest, so that it keeps sixteen bits.
+B, C and x are BF16 and go to the tensor cores as they are. What meets them (decayed scores, decayed inputs,
+states) is float32, and goes there as two BF16, its rounded value and the rest, so that it keeps sixteen bits.
 Source: "Transformers are SSMs" (Dao and Gu, 2024), section 6.
 """
 
@@ -95,7 +95,7 @@ def pass_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid (heads, blocks of a head's NUMBERS): state in and out; added becomes the state in front of each chunk."""
+    """Grid (heads, blocks of a head's NUMBERS): state in and out; added becomes each chunk's state in front."""
     head = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < NUMBERS
@@ -191,8 +191,9 @@ def ssm_prefill(
     chunk: int,
     tile: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
-    """As `nanoserve.kernels.ssm.ssm_scan`; chunks of ``chunk`` tokens, or of as many as fit; ``tile`` overrides the
-    chip's.
+    """As `nanoserve.kernels.ssm.ssm_scan`; chunks of ``chunk`` tokens, or of as many as fit.
+
+    ``tile`` overrides the chip's.
     """
     most, queries, state_warps, warps = tile or tiles_on(x.device).scan
     chunk = min(chunk, most)

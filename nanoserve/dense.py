@@ -45,7 +45,7 @@ def dense(
         cold: bytes of weights that take turns.
     """
     rows: list[dict[str, Any]] = []
-    able, rejected = backends(OP, device)
+    able, rejected = backends(OP, device, torch.bfloat16)
     for name, reason in rejected:
         say(f"{OP} on {name}: {reason}")
     for n, k in shapes:

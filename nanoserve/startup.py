@@ -91,10 +91,10 @@ def examine(checkpoint: Checkpoint, options: EngineConfig) -> Examined:
     config = NemotronHConfig.from_json(checkpoint.config)
     manifest = resolve(checkpoint, config)
     device = pick_device(options)
-    ops = select(device, options.ops)
+    dtype, kv_dtype = pick_dtypes(options, device.type, checkpoint.quantization.kv_cache_fp8)
+    ops = select(device, dtype, options.ops)
     if options.decode == "graph" and (blocked := obstacles(ops, device)):
         raise BackendError(f"decode is 'graph', and {'; '.join(map(str, blocked))}: use 'auto' or 'eager'")
-    dtype, kv_dtype = pick_dtypes(options, device.type, checkpoint.quantization.kv_cache_fp8)
     shape = CacheShape(0, options.page_size, kv_dtype, dtype)
     return Examined(checkpoint, options, config, manifest, device, ops, shape)
 

@@ -404,7 +404,7 @@ def main() -> None:
     torch.manual_seed(int(time.time()))
     if REHEARSE:
         traffic._CPU_BYTES, breakdown._TOKENS = 1 << 20, 2  # pyright: ignore[reportPrivateUsage]
-        table.REQUIREMENTS = {**table.REQUIREMENTS, "triton": lambda device: None}  # pyright: ignore
+        table.REQUIREMENTS = {**table.REQUIREMENTS, "triton": lambda device, dtype: None}  # pyright: ignore
     report = Report(Path(sys.argv[2]) / f"{'_'.join(('gpu_decode', *sys.argv[3:4]))}.json")
     name = "rehearsal" if REHEARSE else torch.cuda.get_device_name()
     report.add("head", {"commit": sys.argv[1], "torch": torch.__version__, "device": name})

@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -67,7 +67,8 @@ from nanoserve.kernels.weight_tiles import GemmTile
 TOKENS = 17 if REHEARSE else 2048
 RESERVE = 8.0
 EXPERTS = EXPERT_TILES[:1] if REHEARSE else (
-    *EXPERT_TILES[:6], ExpertTile(128, 128, 256, 8, 2), ExpertTile(128, 256, 128, 8, 3), ExpertTile(64, 128, 256, 4, 3),
+    *EXPERT_TILES[:6],
+    ExpertTile(128, 128, 256, 8, 2), ExpertTile(128, 256, 128, 8, 3), ExpertTile(64, 128, 256, 4, 3),
 )  # fmt: skip
 GEMMS = {
     8: (GemmTile(128, 128, 64, 8, 3), GemmTile(128, 128, 128, 8, 3), GemmTile(128, 256, 64, 8, 3)),
@@ -141,7 +142,7 @@ def best_of(report: Report, key: str, flops: float, times: dict[str, float]) -> 
     return us
 
 
-def tried(report: Report, key: str, ways: dict[str, Callable[[], object]]) -> dict[str, float]:
+def tried(report: Report, key: str, ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Microseconds of each way; one that fails is told, and left out."""
     times: dict[str, float] = {}
     for name, call in ways.items():

@@ -127,7 +127,7 @@ def test_the_ring_holds_what_is_ahead() -> None:
 def ops_on(backends: dict[str, str]) -> Ops:
     """An op table as it would be resolved where those backends run."""
     rows = tuple(Resolution(op, backends.get(op, "triton"), "", ()) for op in BACKENDS)
-    return replace(select(torch.device("cpu"), {}), report=rows)
+    return replace(select(torch.device("cpu"), torch.bfloat16, {}), report=rows)
 
 
 def test_what_asks_the_host_is_named() -> None:

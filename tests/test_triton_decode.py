@@ -236,7 +236,7 @@ def test_the_engine_answers_alike_on_these_kernels(
 ) -> None:
     """Decode steps interpreted: the reference's tokens and logprobs."""
 
-    def anywhere(device: torch.device) -> None:
+    def anywhere(device: torch.device, dtype: torch.dtype) -> None:
         return None
 
     monkeypatch.setattr(table, "REQUIREMENTS", {**table.REQUIREMENTS, "triton": anywhere})
