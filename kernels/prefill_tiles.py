@@ -56,7 +56,7 @@ EXPERT_TILES = (
 )
 """Worth trying on a large chip; tests/gpu_prefill.py measures them."""
 
-_HOPPER = PrefillTiles(EXPERT_TILES[0], EXPERT_TILES[6], (128, 64, 8, 3), (128, 64, 4, 4), (32, 128, 4))
+_HOPPER = PrefillTiles(EXPERT_TILES[4], EXPERT_TILES[6], (128, 64, 4, 2), (128, 64, 4, 4), (16, 128, 4))
 _BLACKWELL = PrefillTiles(
     ExpertTile(128, 64, 128, 4, 3), EXPERT_TILES[6], (64, 64, 8, 2), (128, 64, 8, 8), (32, 128, 4)
 )

@@ -172,6 +172,10 @@ class Ops:
     sample: Callable[[Tensor, SamplerState, Tensor], None]
     report: tuple[Resolution, ...]
 
+    def backend(self, op: str) -> str:
+        """The name of an op's backend."""
+        return next(row.backend for row in self.report if row.op == op)
+
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """The linear op of the weight's own format: [T, K] → [T, N]."""
         match weight:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from nanoserve.errors import BackendError
-from nanoserve.kernels.dense_many import plain_product
 from nanoserve.kernels.fused import GATE_TICKETS, Norm
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight, relu2
 from nanoserve.kernels.tiles import blocks, dependent, launch, power_of_two
@@ -138,11 +137,18 @@ def products(
     return outs
 
 
+def plain_product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """X @ weight.T on a GPU by the vendor's BF16 product, as ``dtype``: BF16 or float32."""
+    if dtype == x.dtype:
+        return torch.nn.functional.linear(x, weight)
+    return torch.mm(x, weight.T, out_dtype=dtype)
+
+
 def _many(x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Plain) and x.device.type == "cuda":
         return plain_product(x, stored(weight).tensors[0], dtype)
     view, (tokens, columns) = stored(weight), x.shape
-    tile = gemm_tile(view.bits, tokens)
+    tile = gemm_tile(view.bits, tokens, x.device)
     out = torch.empty((tokens, view.rows), dtype=dtype, device=x.device)
     if view.bits == 4:  # as the codes of a stored element lie
         x = x.view(tokens, columns // 4, 4).permute(2, 0, 1).contiguous()

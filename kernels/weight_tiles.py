@@ -64,9 +64,11 @@ class GemmTile:
     stages: int = 3
 
 
-def gemm_tile(bits: int, tokens: int) -> GemmTile:
-    """The tile for so many tokens; it does not depend on the chip yet."""
+def gemm_tile(bits: int, tokens: int, device: torch.device) -> GemmTile:
+    """The tile for so many tokens; only Hopper has the shared memory for the large one."""
     columns = 128 if bits == 4 else 64
+    if tokens >= 1024 and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        return GemmTile(128, 256, columns, warps=8)
     if tokens <= 64:
         return GemmTile(64, 32 if tokens <= 32 else 64, columns, warps=4)
     return GemmTile(128, 128, columns, warps=8)

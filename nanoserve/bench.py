@@ -150,7 +150,7 @@ def _header(prepared: Prepared, options: BenchOptions) -> dict[str, Any]:
         "activations": str(prepared.shape.conv_dtype).removeprefix("torch."),
         "kv": str(prepared.shape.kv_dtype).removeprefix("torch."),
         "page_size": chosen.page_size,
-        "prefill_chunk": chosen.prefill_chunk,
+        "prefill_chunk": prepared.prefill_chunk,
         "decode": prepared.decode,
         "ops": {row.op: row.backend for row in prepared.ops.report},
         "options": asdict(options),

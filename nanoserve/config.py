@@ -39,7 +39,7 @@ class EngineConfig:
         decode: how decode steps are launched: as a CUDA graph or op by op ("eager"); "auto" is a graph where every
             op's backend can be in one.
         page_size: tokens in a KV page.
-        prefill_chunk: tokens a prefill step takes at most.
+        prefill_chunk: tokens a prefill step takes at most; None takes 2,048 on a GPU and 512 on a CPU.
         memory_fraction: share of the device's free memory that the memory plan may use.
         ops: op name → backend name, for ops that should not be chosen automatically.
     """
@@ -50,7 +50,7 @@ class EngineConfig:
     max_context: int | None = None
     decode: DecodeChoice = "auto"
     page_size: int = 16
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     memory_fraction: float = 0.9
     ops: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -58,7 +58,8 @@ class EngineConfig:
         _need("max_context", self.max_context, self.max_context is None or self.max_context >= 1, "at least 1")
         power = self.page_size >= 16 and self.page_size & (self.page_size - 1) == 0
         _need("page_size", self.page_size, power, "a power of two from 16")
-        _need("prefill_chunk", self.prefill_chunk, self.prefill_chunk >= 1, "at least 1")
+        chunk = self.prefill_chunk
+        _need("prefill_chunk", chunk, chunk is None or chunk >= 1, "at least 1")
         _need("memory_fraction", self.memory_fraction, 0 < self.memory_fraction <= 1, "in (0, 1]")
 
 

@@ -69,6 +69,7 @@ def plan_memory(
     *,
     wanted_context: int | None,
     prefill_chunk: int,
+    keys_at_once: bool,
     available: int,
     fraction: float,
 ) -> MemoryPlan:
@@ -80,6 +81,7 @@ def plan_memory(
         shape: cache types and page size; its ``max_context`` is not used.
         wanted_context: tokens asked for; None takes the model's limit or what fits, whichever is less.
         prefill_chunk: tokens a prefill step takes at most.
+        keys_at_once: attention over a prompt holds a layer's keys, values and mask whole, as torch's does.
         available: bytes free on the device.
         fraction: share of them to use.
 
@@ -88,7 +90,7 @@ def plan_memory(
     """
     weights = weights_by_format(manifest)
     per_token, state = shape.kv_bytes_per_token(config), shape.state_bytes(config)
-    fixed_work, work_per_token = _workspace(config, prefill_chunk)
+    fixed_work, work_per_token = _workspace(config, prefill_chunk, keys_at_once)
     budget = int(available * fraction)
     room = budget - sum(weights.values()) - state - fixed_work
     cost = per_token + work_per_token
@@ -122,7 +124,7 @@ def _refuse(
     )
 
 
-def _workspace(config: NemotronHConfig, chunk: int) -> tuple[int, int]:
+def _workspace(config: NemotronHConfig, chunk: int, keys_at_once: bool) -> tuple[int, int]:
     """Estimated bytes of activations: (fixed, a token of context), float32 throughout as the torch column."""
     widest = max(
         config.d_inner + config.conv_dim + config.mamba_heads,
@@ -136,7 +138,8 @@ def _workspace(config: NemotronHConfig, chunk: int) -> tuple[int, int]:
     logits = 2 * SCORE_ROWS * config.vocab_size * 4
     # Keys and values as float32, once as stored and once scaled, and the mask as booleans and as floats.
     attention = 4 * config.kv_heads * config.head_dim * 4 + chunk * (1 + 4)
-    return 4 * chunk * widest * 4 + scan + logits + _TILES * TILE_BYTES, attention if config.layers("*") else 0
+    attention = attention if keys_at_once and config.layers("*") else 0
+    return 4 * chunk * widest * 4 + scan + logits + _TILES * TILE_BYTES, attention
 
 
 def weights_by_format(manifest: Manifest) -> dict[str, int]:

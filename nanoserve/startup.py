@@ -45,6 +45,11 @@ class Examined:
         return frozenset(id for id in self.checkpoint.eos_token_ids if id < self.config.vocab_size)
 
     @property
+    def prefill_chunk(self) -> int:
+        """Tokens a prefill step takes at most: on a GPU so many that every expert gets its share."""
+        return self.options.prefill_chunk or (2048 if self.device.type == "cuda" else 512)
+
+    @property
     def decode(self) -> str:
         """How decode steps are launched, and why."""
         blocked = obstacles(self.ops, self.device)
@@ -68,7 +73,8 @@ class Examined:
             self.manifest,
             self.shape,
             wanted_context=self.options.max_context,
-            prefill_chunk=self.options.prefill_chunk,
+            prefill_chunk=self.prefill_chunk,
+            keys_at_once=self.ops.backend("attention_prefill") == "torch",
             available=free_memory(self.device),
             fraction=self.options.memory_fraction,
         )
@@ -144,7 +150,7 @@ def assemble(prepared: Prepared, fields: Fields) -> Engine:
         decoder=Decoder.make(model, cache, buffers, sampler, Capture.new() if p.graph else None),
         device=p.device,
         end_ids=p.end_ids,
-        prefill_chunk=p.options.prefill_chunk,
+        prefill_chunk=p.prefill_chunk,
     )
 
 

@@ -57,7 +57,6 @@ from nanoserve.kernels.prefill_experts import experts_prefill, group, planes
 from nanoserve.kernels.prefill_router import router_many
 from nanoserve.kernels.prefill_tiles import EXPERT_TILES, ExpertTile
 from nanoserve.kernels.router import router
-from nanoserve.kernels.triton_expand import expanded_product
 from nanoserve.kernels.triton_flash import attention_prefill
 from nanoserve.kernels.triton_prefill import conv_prefill, gated_norm
 from nanoserve.kernels.triton_scan import ssm_prefill
@@ -192,8 +191,6 @@ def time_dense(report: Report, sums: Sums, name: str) -> None:
         if isinstance(w, Plain):
             ways["cublas"] = partial(triton_linear.linear, x, w)
         else:
-            if not REHEARSE:
-                ways["expanded"] = partial(expanded_product, x, w, BF16)
             for t in GEMMS[bits][:1] if REHEARSE else GEMMS[bits]:
                 ways[f"gemm {t.rows} {t.tokens} {t.columns} {t.stages}"] = partial(with_tile, t, x, w)
         key = f"{name} {family} {rows}x{columns} {bits} bits"

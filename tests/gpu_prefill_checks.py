@@ -21,10 +21,9 @@ from prefill_cases import (
 from torch import Tensor
 
 from nanoserve.kernels import attention, conv, moe, norm, router, ssm, triton_linear
-from nanoserve.kernels.linear import Fp8, Nvfp4, linear_f32
+from nanoserve.kernels.linear import linear_f32
 from nanoserve.kernels.prefill_experts import experts_prefill
 from nanoserve.kernels.prefill_router import router_many
-from nanoserve.kernels.triton_expand import expanded_product
 from nanoserve.kernels.triton_flash import attention_prefill
 from nanoserve.kernels.triton_prefill import conv_prefill, gated_norm
 from nanoserve.kernels.triton_scan import ssm_prefill
@@ -64,8 +63,6 @@ def check_dense(report: Report, rows: int, columns: int, counts: tuple[int, ...]
             x = random_tokens(count, columns, DEVICE)
             want = linear_f32(x, w)
             errors[f"T={count}"] = relative(triton_linear.linear_f32(x, w), want)
-            if isinstance(w, Fp8 | Nvfp4) and not REHEARSE:
-                errors[f"expanded T={count}"] = relative(expanded_product(x, w, torch.float32), want)
         tell(report, f"dense {rows}x{columns} {bits} bits", errors, 2e-5)
 
 

@@ -1,6 +1,6 @@
 """By hand, on a machine with a GPU: tiles and early launches, judged by the time of whole decode steps.
 
-    PYTHONPATH=. python tests/gpu_step.py OUT SECONDS [SHAPE ...]
+    PYTHONPATH=. python tests/gpu_step.py OUT SECONDS [SHAPE[:KIND,KIND ...] ...]
 
 A launch that is timed in a chain of its like can mislead: in a step it shares the chip with what stands before
 and behind it. So each choice is captured in the step of a released shape with random weights, and the step is
@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ class Choice:
     """Tiles by weight; how weights' and others' launches begin (see `producers_done`); and fetching."""
 
     tiles: dict[Key, Tile]
-    early: int = 1
-    others: int = 1
+    early: int = 0
+    others: int = 0
     ahead: bool = True
 
 
@@ -143,27 +144,53 @@ def step_us(prepared: Prepared, fields: Fields, choice: Choice) -> float:
     return statistics.median(times[1:])
 
 
+def quiet(done: int, total: int) -> None:
+    """No progress."""
+
+
+MAMBA = ((8, 4), (16, 4), (16, 8), (32, 8), (8, 2), (4, 2), (4, 4))
+"""Rows and warps of a program of Mamba's step."""
+
+
+def mamba_step(prepared: Prepared, fields: Fields, best: Choice, say: Callable[..., None]) -> None:
+    """Tell how long a step takes with each."""
+    base = tiles.TILES[torch.cuda.get_device_capability()]
+    for (rows, warps), fused in product(MAMBA, (1, 0)):
+        own = {**base, "mamba_decode": {"block_p": rows, "warps": warps, "fused": fused}}
+        with patch.object(tiles, "TILES", {torch.cuda.get_device_capability(): own}):
+            us = step_us(prepared, fields, best)
+        say(f"mamba rows {rows} warps {warps} fused {fused}: {us:.1f} us")
+
+
 LAUNCH_OF = {"up": "moe", "down": "moe", "front": "moe", "back": "moe", "plain out_proj": "o_proj"}
 """Kind → the launch of `launches` that holds it, where the names differ."""
 
 
 def search(
-    name: str, pool: ProcessPoolExecutor, best: Choice, done: set[Key], end: float, say: Callable[..., None]
+    name: str,
+    pool: ProcessPoolExecutor,
+    best: Choice,
+    kinds: list[str],
+    done: set[Key],
+    end: float,
+    say: Callable[..., None],
 ) -> Choice:
-    """The shape's best choice that was found before ``end``."""
+    """The shape's best choice that was found before ``end``; of some kinds only, where they are named."""
     options = EngineConfig(
         max_context=4096,
         ops={op: "triton" for op, backends in table.BACKENDS.items() if "triton" in backends},
         device="cuda",
     )
     prepared = prepare_shape(name, options)  # pyright: ignore[reportArgumentType]
-    fields = random_fields(prepared.manifest, DEVICE, lambda done, total: None)
-    flags = ((1, 1, True), (3, 3, True), (2, 3, True), (2, 2, True), (0, 0, True), (3, 3, False), (1, 3, True))
+    fields = random_fields(prepared.manifest, DEVICE, quiet)
+    flags = ((0, 0, True), (3, 0, True), (0, 3, True), (3, 3, True))
     ways = [replace(best, early=early, others=others, ahead=ahead) for early, others, ahead in flags]
     first = ("moe", "in_proj", "o_proj", "head")
     list(pool.map(compile_one, [(name, what, way) for way in ways for what in first]))
+    if "mamba" in kinds:
+        mamba_step(prepared, fields, best, say)
     least = float("inf")
-    for way in (Choice({}), *ways):
+    for way in ways:
         label = f"early {way.early} others {way.others} ahead {way.ahead} {'tuned' if way.tiles else 'untuned'}"
         try:
             us = step_us(prepared, fields, way)
@@ -174,6 +201,7 @@ def search(
         if us < least:
             least, best = us, way
     places = {kind: place for kind, place in keys(SHAPES[name]).items() if place not in done}
+    places = {kind: place for kind, place in places.items() if not kinds or kind in kinds}
     trials = {kind: [Tile(chunk=c, slots=s, stages=g) for s, c, g in CUTS] for kind in places}
     jobs = [
         (name, LAUNCH_OF.get(kind, kind), replace(best, tiles={**best.tiles, places[kind]: tile}))
@@ -208,13 +236,15 @@ def main() -> None:
         print(f"{time.monotonic() - began:4.0f} s  {line}", flush=True)
         (Path(folder) / "step.txt").write_text("\n".join(lines) + "\n")
 
-    wanted = names or ["nano", "super", "lightning"]
+    parts = [name.partition(":") for name in names or ["nano", "super", "lightning"]]
+    asked = {name: kinds.split(",") if kinds else [] for name, _, kinds in parts}
+    wanted = list(asked)
     whole = sum(SHARES[name] for name in wanted)
     found, done, end = dict(weight_tiles.tuned_tiles(torch.cuda.get_device_capability())), set[Key](), began
     with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
         for name in wanted:
             end += float(seconds) * SHARES[name] / whole
-            best = search(name, pool, Choice(found), done, end, say)
+            best = search(name, pool, Choice(found), asked[name], done, end, say)
             for place in keys(SHAPES[name]).values():
                 if place in best.tiles:
                     found[place] = replace(best.tiles[place], early=best.early)

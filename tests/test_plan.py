@@ -171,6 +171,7 @@ def test_memory_plans_on_cards(name: str, gigabytes: int, fits: bool, tmp_path: 
             shape,
             wanted_context=context,
             prefill_chunk=512,
+            keys_at_once=True,
             available=gigabytes * 10**9,
             fraction=0.95,
         ).max_context

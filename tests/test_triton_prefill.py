@@ -13,9 +13,7 @@ from nanoserve.kernels.prefill_experts import experts_prefill
 from nanoserve.kernels.prefill_router import router_many
 from nanoserve.kernels.prefill_tiles import ExpertTile
 from nanoserve.kernels.ssm import SsmWeights
-from nanoserve.kernels.triton_expand import expand
 from nanoserve.kernels.triton_flash import attention_prefill
-from nanoserve.kernels.triton_linear import stored
 from nanoserve.kernels.triton_prefill import conv_prefill, gated_norm
 from nanoserve.kernels.triton_scan import ssm_prefill
 
@@ -144,15 +142,6 @@ def test_gated_norm_is_the_reference(count: int, groups: int, size: int) -> None
     y, z = tokens(count, groups * size), tokens(count, groups * size + 5)[:, 5:]
     scale = 1 + 0.1 * torch.randn(groups * size)
     assert error(gated_norm(y, z, scale, groups, 1e-5), norm.gated_norm(y, z, scale, groups, 1e-5)) < 2e-3
-
-
-@pytest.mark.parametrize("form", ["nvfp4", "fp8"])
-def test_rows_expand_exactly(form: str) -> None:
-    w = weight(form, 21, 272)
-    view, out = stored(w), torch.empty(21, 272, dtype=BF16)
-    expand(view.tensors[0], view.tensors[1], out, view.bits)
-    scale = view.tensors[2] * 128 if form == "nvfp4" else view.tensors[2]
-    assert_close(out.float() * scale, w.rows(0, 21), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(128, 6), (11, 3)])
