@@ -58,7 +58,7 @@ EXPERT_TILES = (
 
 _HOPPER = PrefillTiles(EXPERT_TILES[4], EXPERT_TILES[6], (128, 64, 4, 2), (128, 64, 4, 4), (16, 128, 4))
 _BLACKWELL = PrefillTiles(
-    ExpertTile(128, 64, 128, 4, 3), EXPERT_TILES[6], (64, 64, 8, 2), (128, 64, 8, 8), (32, 128, 4)
+    ExpertTile(128, 64, 128, 4, 3), EXPERT_TILES[6], (64, 64, 8, 2), (64, 32, 8, 4), (32, 128, 4)
 )
 
 TILES: Mapping[tuple[int, int], PrefillTiles] = {(9, 0): _HOPPER, (12, 0): _BLACKWELL, (12, 1): _BLACKWELL}

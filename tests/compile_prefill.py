@@ -63,7 +63,7 @@ def scan(heads: int, tile: tuple[int, int, int, int]) -> None:
 
 
 def gemm(bits: int, columns: int, tile: GemmTile) -> None:
-    with patch.object(triton_linear, "gemm_tile", lambda bits, tokens: tile):  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+    with patch.object(triton_linear, "gemm_tile", lambda bits, tokens, device: tile):  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
         triton_linear.linear(empty(512, columns), weight(bits, 4096, columns))
 
 

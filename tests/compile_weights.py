@@ -7,11 +7,13 @@ A program of its own, for Triton's interpreter and its compiler do not go togeth
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import aot
 import torch
 
+from nanoserve.kernels import tiles
 from nanoserve.kernels.weight_launches import SHAPES, launches
 from nanoserve.kernels.weight_tiles import Tile, fitted, tiles_for
 
@@ -19,12 +21,18 @@ CHIPS = {"sm_90": (9, 0), "sm_120": (12, 0), "sm_121": (12, 1)}
 
 
 def always(bits: int, rows: int, columns: int, device: torch.device, *, tokens: int = 1, copies: int = 1) -> Tile:
-    return fitted(Tile(slots=2, parts=4), bits, tokens)
+    return fitted(Tile(slots=2, parts=4, early=1), bits, tokens)
 
 
 def main() -> None:
     architecture, names, counts = sys.argv[1], sys.argv[2].split(","), [int(count) for count in sys.argv[3:]]
-    cut = tiles_for(CHIPS[architecture])
+    own = tiles_for(CHIPS[architecture])
+    tiles.dependent.__kwdefaults__ = {"early": 1}
+
+    def cut(*arguments: Any, **options: Any) -> Tile:
+        # Early launches, for what they add must fit the chip too.
+        return replace(own(*arguments, **options), early=1)
+
     for name in names:
         for tokens in counts:
             # A layer's end once more, with programs that share a block's columns.
