@@ -1,4 +1,4 @@
-"""By hand, on a machine with a GPU: decode kernels, graph and benchmark, in one call of under 9 minutes.
+"""By hand, on a machine with a GPU: decode kernels and graph, in one call of under 9 minutes.
 
     PYTHONPATH=. python tests/gpu_decode.py COMMIT $OUT [SECTION ...]
 
@@ -8,8 +8,7 @@ On a CPU, in Triton's interpreter and at tiny sizes, to see that the script itse
 
 1. kernels against their references at released and odd sizes, on fresh inputs, bit for bit the same when repeated;
 2. their times, in a CUDA graph over as many states as the model has layers, and those of other tiles;
-3. greedy and seeded tokens: torch, Triton op by op, and Triton as a graph (the last two bit for bit);
-4. nanoserve bench --shape nano, op by op and as a graph, with --breakdown.
+3. greedy and seeded tokens: torch, Triton op by op, and Triton as a graph (the last two bit for bit).
 
 Every section writes what it has to gpu_decode.json at once (gpu_decode_SECTION.json where sections are named), and
 a fault in one leaves the others to run.
@@ -30,9 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoserve import breakdown, traffic
-from nanoserve.bench import BenchOptions, bench
-from nanoserve.bench_report import lines
 from nanoserve.checkpoint import open_checkpoint
 from nanoserve.config import EngineConfig, build
 from nanoserve.engine import Engine
@@ -45,8 +41,7 @@ from nanoserve.kernels.sample import SamplerState
 from nanoserve.kernels.ssm import SsmWeights
 from nanoserve.request import Request, SamplingParams, Token
 from nanoserve.sampler import begin_sampling
-from nanoserve.shapes import prepare_shape, random_fields
-from nanoserve.startup import assemble, load_engine, prepare
+from nanoserve.startup import load_engine, prepare
 
 REHEARSE = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if REHEARSE else "cuda")
@@ -366,44 +361,9 @@ def check_tokens(report: Report) -> None:
     told(report, "tokens", rows)
 
 
-# 4: the benchmark
-
-
-def bench_nano(report: Report, decode: str, osl: int, requests: int) -> None:
-    options = EngineConfig(
-        max_context=64 if REHEARSE else 2048 + 1024,
-        decode=decode,  # pyright: ignore[reportArgumentType]
-        ops=in_triton(),
-        device="cpu" if REHEARSE else "cuda",
-        dtype="bfloat16",
-    )
-    wanted = BenchOptions(8 if REHEARSE else 2048, osl, requests, breakdown=True)
-    if REHEARSE:
-        prepared = prepare(open_checkpoint(DATA / "nano_nvfp4"), options)
-        result = bench(prepared, lambda: load_engine(prepared, lambda done, total: None), wanted, say)
-    else:
-        made = prepare_shape("nano", options)
-        result = bench(made, lambda: assemble(made, random_fields(made.manifest, DEVICE, quiet)), wanted, say)
-    report.add(f"bench_nano_{decode}", {"shape": "nano", **result})
-    say("\n".join(lines(result)))
-
-
-def quiet(done: int, total: int) -> None:
-    """No progress."""
-
-
-def bench_eager(report: Report) -> None:
-    bench_nano(report, "eager", 2 if REHEARSE else 64, 2)
-
-
-def bench_graph(report: Report) -> None:
-    bench_nano(report, "auto", 2 if REHEARSE else 512, 2 if REHEARSE else 4)
-
-
 def main() -> None:
     torch.manual_seed(int(time.time()))
     if REHEARSE:
-        traffic._CPU_BYTES, breakdown._TOKENS = 1 << 20, 2  # pyright: ignore[reportPrivateUsage]
         table.REQUIREMENTS = {**table.REQUIREMENTS, "triton": lambda device, dtype: None}  # pyright: ignore
     report = Report(Path(sys.argv[2]) / f"{'_'.join(('gpu_decode', *sys.argv[3:4]))}.json")
     name = "rehearsal" if REHEARSE else torch.cuda.get_device_name()
@@ -411,7 +371,7 @@ def main() -> None:
     say(f"{name}, torch {torch.__version__}, triton ops: {', '.join(in_triton())}")
     sections = (
         check_mamba, check_attention, check_sampler, check_tokens,
-        bench_graph, time_mamba, time_attention, time_sampler, bench_eager,
+        time_mamba, time_attention, time_sampler,
     )  # fmt: skip
     for section in sections:
         if not (wanted := sys.argv[3:]) or section.__name__ in wanted:
