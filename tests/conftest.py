@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # tiny matrices: a second thread only waits, for long on a busy machine
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which looks once
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are of the CPU, whatever the machine has
 
 HERE = Path(__file__).parent

@@ -143,7 +143,7 @@ def test_code_beside_a_checkpoint_is_never_run(capsys: pytest.CaptureFixture[str
         (("--max-context", "999999"), "8192"),
         (("--op", "router"), "NAME=BACKEND"),
         (("--op", "routr=torch"), "'routr'"),
-        (("--op", "router=cuda"), "has torch"),
+        (("--op", "router=cuda"), "has triton, torch"),
         (("--device", "cuda"), "GPU"),
         (("--config", "nowhere.toml"), "nowhere.toml"),
     ],

@@ -242,9 +242,10 @@ def test_the_engine_answers_alike_on_these_kernels(
     monkeypatch.setattr(table, "REQUIREMENTS", {**table.REQUIREMENTS, "triton": anywhere})
     coarse = {"mamba_decode": {"block_p": 32, "warps": 4, "fused": 1}, "attention_decode": SMALL, "sample": TILE}
     monkeypatch.setattr(tiles, "_BASE", coarse)
-    own: dict[str, str] = dict.fromkeys(coarse, "triton") | {"kv_append": "triton"}
+    plain = dict.fromkeys(table.BACKENDS, "torch")
+    own = plain | dict.fromkeys(coarse, "triton") | {"kv_append": "triton"}
     answers: list[list[tuple[int, float]]] = []
-    for ops in ({}, own):
+    for ops in (plain, own):
         options = EngineConfig(device="cpu", max_context=64, ops=ops)
         engine = load_engine(prepare(open_checkpoint(random_checkpoint), options), lambda done, total: None)
         wanted = SamplingParams(max_tokens=4, seed=7, min_p=0.01, logprobs=0, ignore_eos=True)
