@@ -25,9 +25,10 @@ _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLES = ("items", "additionalProperties")
 _COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength")
 _TEXTS = ("$ref", "pattern", "format")
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _PLAIN = (
     *("type", "required", "enum", "const", "multipleOf"),
-    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    *_BOUNDS,
     *(*_COUNTS, *_TEXTS),
 )
 _ANNOTATIONS = (
@@ -38,6 +39,9 @@ _ANNOTATIONS = (
 
 _EXACT = 2**53
 """llguidance reads numbers as float64, and would enforce another number than one beyond this."""
+
+_HAIR = 1e-9
+"""See `_keep_apart`."""
 
 _MAX_HOPS = 32
 """References that lead to references."""
@@ -126,6 +130,7 @@ class _Cleaner:
                 if not _is_annotation(key, value, depth):
                     target[key] = self._value(key, value, depth + 1)
             self._check_together(target)
+            _keep_apart(target)
         return cast("Schema", root)
 
     def _value(self, key: str, value: object, depth: int) -> object:
@@ -201,6 +206,22 @@ class _Cleaner:
 
     def _wrong(self, key: str, value: object, must_be: str) -> NoReturn:
         refuse(f"has {brief(value)} at {clip(key)}, where {must_be} must stand", self.param)
+
+
+def _keep_apart(node: Schema) -> None:
+    """Move an exclusive whole bound by a hair where the other bound lies within one of it.
+
+    There llguidance (1.9.1) lets the bound itself pass, written without a point: 3 for exclusiveMinimum 3 and
+    maximum 3.5. What is left out between the two lies closer than anyone asks.
+    """
+    bounds = {key: node[key] for key in _BOUNDS if isinstance(node.get(key), int | float)}
+    low, high = bounds.get("exclusiveMinimum", math.inf), bounds.get("exclusiveMaximum", math.inf)
+    ceilings = [bounds[key] for key in ("maximum", "exclusiveMaximum") if key in bounds]
+    floors = [bounds[key] for key in ("minimum", "exclusiveMinimum") if key in bounds]
+    if float(low).is_integer() and any(low < bound < low + 1 for bound in ceilings):
+        node["exclusiveMinimum"] = low + max(_HAIR, abs(low) * _HAIR)
+    if float(high).is_integer() and any(high - 1 < bound < high for bound in floors):
+        node["exclusiveMaximum"] = high - max(_HAIR, abs(high) * _HAIR)
 
 
 def _is_annotation(key: str, value: object, depth: int) -> bool:

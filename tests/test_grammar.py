@@ -11,10 +11,12 @@ from typing import Any
 import jsonschema
 import pytest
 from grammar_answers import END, PROMPT, Answerer, may
+from llguidance import LLMatcher, LLTokenizer
 
 from nanoserve import grammar as grammars
 from nanoserve.errors import QueueFull, RequestError
 from nanoserve.grammar import Choice, Grammar, JsonSchema, Lark, Regex
+from nanoserve.grammar_schema import clean_schema
 
 Schema = dict[str, Any]
 
@@ -37,6 +39,10 @@ SCHEMAS: Mapping[str, Schema] = {
     "bounds": an_object(
         a={"type": "integer", "minimum": -5, "maximum": 17},
         b={"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    ),
+    "bounds without a whole number between": an_object(
+        a={"type": "number", "exclusiveMinimum": 3, "maximum": 3.5},
+        b={"type": "number", "exclusiveMaximum": 0, "minimum": -0.5},
     ),
     "multiples": an_object(a={"type": "integer", "multipleOf": 7, "minimum": 0, "maximum": 10**6}),
     "strings": an_object(
@@ -207,6 +213,28 @@ def refused(answerer: Answerer, grammar: Grammar) -> RequestError:
     assert len(str(caught.value)) < 400
     assert "Traceback" not in str(caught.value)
     return caught.value
+
+
+@pytest.mark.parametrize(
+    ("bounds", "key"),
+    [
+        ({"exclusiveMinimum": 3, "maximum": 3.5}, "exclusiveMinimum"),
+        ({"exclusiveMinimum": 0, "exclusiveMaximum": 0.5}, "exclusiveMinimum"),
+        ({"exclusiveMaximum": -3, "minimum": -3.5}, "exclusiveMaximum"),
+    ],
+)
+def test_an_exclusive_bound_is_kept_where_llguidance_would_let_it_pass(bounds: Schema, key: str) -> None:
+    tokens = LLTokenizer("byte")
+
+    def allows(schema: Schema, text: str) -> bool:
+        matcher = LLMatcher(tokens, LLMatcher.grammar_from_json_schema(dict(schema)))
+        return matcher.try_consume_tokens(tokens.tokenize_str(text)) == len(text) and matcher.is_accepting()
+
+    schema = {"type": "number", **bounds}
+    cleaned = clean_schema(schema, "response_format")
+    assert not allows(cleaned, str(bounds[key]))
+    assert allows(cleaned, str(bounds[key] + (0.25 if key == "exclusiveMinimum" else -0.25)))
+    assert allows(schema, str(bounds[key])), "llguidance no longer needs this"
 
 
 def test_annotations_are_no_conditions(answerer: Answerer) -> None:
