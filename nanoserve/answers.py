@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import anyio.to_thread
@@ -51,7 +52,11 @@ class Answers:
         self._choices = choices
 
         def deliver(index: int, event: Event) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            try:
+                loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            except RuntimeError:
+                if not loop.is_closed():  # as it is when a second signal ends the server amid a long step
+                    raise
 
         self._tickets = worker.submit_all(requests, deliver)
 
@@ -187,7 +192,7 @@ class Generation(Response):
         spoke = time.monotonic()
         try:
             async for piece in answers.pieces(self._ping_interval):
-                data = wire.piece(piece, record, answers.ended) if piece else b""
+                data = await self._written(piece, answers) if piece else b""
                 if piece is not None and not data and time.monotonic() - spoke < self._ping_interval:
                     continue
                 yield data or wire.ping
@@ -196,6 +201,11 @@ class Generation(Response):
             yield wire.failed(error, record)
             return
         yield wire.end(record)
+
+    async def _written(self, piece: Piece, answers: Answers) -> bytes:
+        write = partial(self._job.wire.piece, piece, answers.record, answers.ended)
+        # The scores of a long prompt are megabytes of JSON: made in a thread, and everything else at once.
+        return write() if piece.scores is None else await anyio.to_thread.run_sync(write)
 
 
 async def _no_receive() -> Any:

@@ -22,6 +22,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,8 @@ class Compiler:
         self._end_ids = vocabulary.end_ids
         self._tokens = "\n".join(token.hex() for token in vocabulary.tokens)
         self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
-        self._lock = threading.Lock()  # guards the verdicts
+        self._trying: dict[bytes, Future[_Verdict]] = {}
+        self._lock = threading.Lock()  # guards both
         self._slots = threading.Semaphore(TRIALS)
 
     def compile(self, grammar: Grammar, param: str) -> Callable[[], Matcher]:
@@ -185,27 +187,39 @@ class Compiler:
         return lambda: Matcher(self._tokenizer, verdict.grammar, self._ends)
 
     def _verdict(self, text: str) -> "_Verdict":
+        """What is known of a grammar, or found out now, by one thread however many ask."""
         key = hashlib.sha256(text.encode()).digest()
-        known = self._known(key)
-        if known is not None:
-            return known
-        if not self._slots.acquire(timeout=PATIENCE):
-            raise QueueFull(TRIALS, retry_after=math.ceil(TRIAL_SECONDS))
-        try:
-            verdict = self._known(key) or self._try(text)  # another thread may have had the same one
-        finally:
-            self._slots.release()
-        with self._lock:
-            self._verdicts[key] = verdict
-            if len(self._verdicts) > VERDICTS:
-                self._verdicts.popitem(last=False)
-        return verdict
-
-    def _known(self, key: bytes) -> "_Verdict | None":
         with self._lock:
             if key in self._verdicts:
                 self._verdicts.move_to_end(key)
-            return self._verdicts.get(key)
+                return self._verdicts[key]
+            pending = self._trying.get(key)
+            if pending is None:
+                own = self._trying[key] = Future[_Verdict]()
+        if pending is not None:
+            return pending.result()
+        try:
+            verdict = self._find_out(text)
+        except BaseException as error:
+            with self._lock:
+                del self._trying[key]
+            own.set_exception(error)
+            raise
+        with self._lock:
+            del self._trying[key]
+            self._verdicts[key] = verdict
+            if len(self._verdicts) > VERDICTS:
+                self._verdicts.popitem(last=False)
+        own.set_result(verdict)
+        return verdict
+
+    def _find_out(self, text: str) -> "_Verdict":
+        if not self._slots.acquire(timeout=PATIENCE):
+            raise QueueFull(TRIALS, retry_after=math.ceil(TRIAL_SECONDS))
+        try:
+            return self._try(text)
+        finally:
+            self._slots.release()
 
     def _try(self, text: str) -> "_Verdict":
         """Compile it in a process of its own."""

@@ -54,6 +54,9 @@ from nanoserve.worker import Worker
 PREPARATIONS = 2
 """Bodies parsed and tokenised at once; each may hold Python's lock for a while, and /health must answer."""
 
+GRAMMARS = 8
+"""Grammars looked at at once: more than are tried out, so that known ones pass and the others are turned away."""
+
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _Result = TypeVar("_Result")
 _Handler = Callable[[HttpRequest], Awaitable[Response]]
@@ -123,7 +126,7 @@ class Routes:
         self._config, self._service, self._metrics = config, service, metrics
         self._created = int(time.time())
         self._preparations = anyio.CapacityLimiter(PREPARATIONS)
-        self._trials = anyio.CapacityLimiter(PREPARATIONS)
+        self._grammars = anyio.CapacityLimiter(GRAMMARS)
         self._making_constraints = threading.Lock()
         self._made_constraints: Constraints | None = None
         self._limits = Limits(
@@ -228,11 +231,11 @@ class Routes:
 
     async def tokenize(self, request: HttpRequest) -> Response:
         """Token ids of a prompt or of a chat."""
-        return JsonResponse(await self._prepare(request, self._tokenize))
+        return await self._prepare(request, self._tokenize)
 
     async def detokenize(self, request: HttpRequest) -> Response:
         """Text of token ids."""
-        return JsonResponse(await self._prepare(request, self._detokenize))
+        return await self._prepare(request, self._detokenize)
 
     async def _prepare(self, request: HttpRequest, work: Callable[[dict[str, Any], str], _Result]) -> _Result:
         """Read the body, then parse it and do the work in a thread."""
@@ -259,7 +262,7 @@ class Routes:
             # Trying a grammar out takes seconds where it is hostile: nobody else's body may wait for that.
             hold = partial(self._hold, job, held)
             with renaming(names):
-                job = await anyio.to_thread.run_sync(hold, limiter=self._trials)
+                job = await anyio.to_thread.run_sync(hold, limiter=self._grammars)
         return Generation(job, self._service.worker, self._config.ping_interval)
 
     def _hold(self, job: Job, held: Held) -> Job:
@@ -340,7 +343,8 @@ class Routes:
             raise RequestError(message, param=param)
         return self._service.tokenizer
 
-    def _tokenize(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
+    def _tokenize(self, body: dict[str, Any], request_id: str) -> Response:
+        """The whole answer, made where the body is read: millions of ids would hold up the event loop."""
         fields = Fields(body)
         parse_model(fields, self._service.model_name)
         if (text := fields.take("prompt")) is not None:
@@ -352,11 +356,11 @@ class Routes:
             conversation = parse_conversation(fields)
             fields.done()
             ids = list(conversation.encode(self._tokenizer("messages")))
-        return {"count": len(ids), "max_model_len": self._service.max_context, "tokens": ids}
+        return JsonResponse({"count": len(ids), "max_model_len": self._service.max_context, "tokens": ids})
 
-    def _detokenize(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
+    def _detokenize(self, body: dict[str, Any], request_id: str) -> Response:
         fields = Fields(body)
         parse_model(fields, self._service.model_name)
         ids = token_ids(fields.take("tokens"), "tokens", self._service.vocab_size)
         fields.done()
-        return {"prompt": self._tokenizer("tokens").decode(ids, skip_special=False)}
+        return JsonResponse({"prompt": self._tokenizer("tokens").decode(ids, skip_special=False)})

@@ -39,6 +39,8 @@ FLUSH_TIME = 3
 CLOSE_TIME = 3.0
 """Seconds that the worker's thread has to end; one that is loading or hangs cannot be interrupted."""
 
+LAST_WORDS = 1.0
+"""Seconds between a failure of the engine and the end: running answers tell it, and /health says so, meanwhile."""
 
 HANG_TIMEOUTS = {"cuda": 20.0, "cpu": 600.0}
 """Seconds without a step; one of a large model's prefill takes a GPU less than one, and may take a CPU minutes."""
@@ -75,7 +77,7 @@ def bind(config: ServerConfig) -> socket.socket:
 def serve(config: ServerConfig, service: Service, sock: socket.socket) -> int:
     """Serve until SIGTERM or SIGINT: then /health turns red and running requests get the drain timeout.
 
-    A second signal ends at once. The worker is closed at the end; one that hangs may be left not ``ended``.
+    Serving ends too when the engine breaks, once the running answers have told it. A second signal ends at once. The worker is closed at the end; one that hangs may be left not ``ended``.
 
     Returns:
         Exit code: 0, or 1 when the model could not be loaded or the engine broke.
@@ -150,6 +152,7 @@ class Server(uvicorn.Server):
         self._hung = False
         self._signals = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._broke_at: float | None = None
         self._give_up_at: float | None = None
         self._cancelled = False
         self.exit_code = 0
@@ -176,6 +179,8 @@ class Server(uvicorn.Server):
             self._abort()
         elif self._signals == 1:
             self._drain()
+        elif self._broke_at is not None and time.monotonic() > self._broke_at + LAST_WORDS:
+            self.should_exit = True
         return await super().on_tick(counter)
 
     def _follow_worker(self) -> None:
@@ -190,6 +195,9 @@ class Server(uvicorn.Server):
             if before == "loading":
                 self._tell_load_error()
                 self.should_exit = True
+            else:  # nothing can be served any more: who watches over this process is to start another
+                self._broke_at = time.monotonic()
+                log.error("%s: the server ends", self._service.worker.failure)
 
     def _watch_steps(self) -> None:
         """Log when the engine begins to hang, and when it goes on; /health says so by itself."""

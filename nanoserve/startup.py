@@ -10,13 +10,13 @@ from nanoserve.cache import Cache, CacheShape
 from nanoserve.checkpoint import Checkpoint
 from nanoserve.config import EngineConfig
 from nanoserve.engine import Engine
-from nanoserve.errors import BackendError, ConfigError
+from nanoserve.errors import BackendError, ConfigError, MemoryPlanError
 from nanoserve.graph import Capture, Decoder, obstacles
 from nanoserve.kernels.sample import SamplerState
 from nanoserve.kernels.table import Ops, select
 from nanoserve.models.config import NemotronHConfig
 from nanoserve.models.nemotron_h import Fields, NemotronH
-from nanoserve.plan import MemoryPlan, plan_memory
+from nanoserve.plan import MemoryPlan, plan_memory, size
 from nanoserve.step import DecodeBuffers
 from nanoserve.weights import Manifest, Progress, load, resolve
 
@@ -123,11 +123,19 @@ def load_engine(prepared: Prepared, progress: Progress) -> Engine:
 
     Raises:
         CheckpointError: what only the data shows.
+        MemoryPlanError: there was less memory than planned with.
     """
     p = prepared
     if (threads := cpu_threads(p)) is not None:
         torch.set_num_threads(threads)  # also for threads that this process starts later
-    return assemble(p, load(p.checkpoint, p.manifest, p.device, progress))
+    try:
+        return assemble(p, load(p.checkpoint, p.manifest, p.device, progress))
+    except torch.OutOfMemoryError as error:
+        raise MemoryPlanError(
+            f"the memory ran out while loading: {size(p.memory.budget - p.memory.left)} are needed, of "
+            f"{size(p.memory.available)} that were free before, and {size(free_memory(p.device))} are left: another "
+            "program takes some; end it, or ask for a smaller --max-context"
+        ) from error
 
 
 def assemble(prepared: Prepared, fields: Fields) -> Engine:

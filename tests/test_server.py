@@ -1,10 +1,12 @@
 """The endpoints over a fake engine: in process for what they say, over loopback for what they survive."""
 
+import asyncio
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -14,6 +16,7 @@ from in_process import client_of, events_of
 from openai.types.chat import ChatCompletionMessage
 from starlette.testclient import TestClient
 
+from nanoserve.http_guard import to_json
 from nanoserve.routes import create_app
 from nanoserve.tokenizer import Tokenizer
 from nanoserve.worker import EngineLike, Worker
@@ -141,6 +144,15 @@ class TestAnswers:
     def test_max_tokens_of_a_chat_is_the_context(self, client: TestClient) -> None:
         usage = client.post(CHAT, json={"messages": HI, "ignore_eos": True}).json()["usage"]
         assert usage["total_tokens"] == 512
+
+    def test_the_contexts_edge(self, client: TestClient, engine: FakeEngine) -> None:
+        """R14: the engine sees no prompt that leaves no room."""
+        for length, status in ((511, 200), (512, 400), (513, 400)):
+            response = client.post(TEXT, json={"prompt": [5] * length, "max_tokens": 1})
+            assert response.status_code == status
+            if status == 400:
+                assert response.json()["error"]["code"] == "context_length_exceeded"
+        assert [len(prompt) for prompt in engine.started] == [511]
 
     def test_context_errors_name_the_code(self, client: TestClient) -> None:
         for path, body in (
@@ -359,7 +371,8 @@ class TestClientsThatLeave:
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("wait", [0.0, 0.01, 0.05, 0.2])
     def test_a_reset_frees_the_engine(self, server: Running, stream: bool, wait: float) -> None:
-        for _ in range(3):
+        """R1: 20 streams are reset in all; R2 for answers that are not streamed."""
+        for _ in range(5):
             sock = stream_to(server, {**LONG, "stream": stream})
             time.sleep(wait)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
@@ -368,9 +381,11 @@ class TestClientsThatLeave:
         answer = httpx.post(server.url + CHAT, json={"messages": HI, "max_tokens": 1}, timeout=10)
         assert answer.status_code == 200
         assert time.monotonic() - start < 3
-        until(lambda: (server.worker.running, server.worker.waiting) == (0, 0))
+        until(lambda: "nanoserve_num_requests_running 0" in httpx.get(server.url + "/metrics").text)
+        assert (server.worker.running, server.worker.waiting) == (0, 0)
 
     def test_a_queued_request_whose_client_left_is_never_started(self, server: Running) -> None:
+        """R23."""
         blocker = stream_to(server, LONG)
         until(lambda: server.worker.running == 1)
         queued = stream_to(server, {"prompt": [77, 78], "max_tokens": 5}, TEXT)
@@ -399,6 +414,7 @@ class TestClientsThatLeave:
         assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
     def test_a_stalled_reader_blocks_nobody(self, tokenizer: Tokenizer) -> None:
+        """R22: the engine does not wait for it."""
         with running(tokenizer, FakeEngine(max_context=20_000)) as server:
             body = {"prompt": [30], "max_tokens": 19_000, "ignore_eos": True, "logprobs": 20, "stream": True}
             stalled = stream_to(server, body, TEXT)
@@ -408,6 +424,53 @@ class TestClientsThatLeave:
             answer = httpx.post(server.url + TEXT, json={"prompt": [31], "max_tokens": 1}, timeout=10)
             assert answer.status_code == 200
             stalled.close()
+
+    def test_a_stalled_reader_is_dropped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """R22: what waits for it is bounded in time, and let go."""
+        monkeypatch.setattr("nanoserve.http_timeouts.STALLED_READER", 0.5)
+        with running(None, FakeEngine(max_context=20_000, delay=0.0003)) as server:
+            body = {"prompt": [30], "max_tokens": 19_000, "ignore_eos": True, "logprobs": 20, "stream": True}
+            stalled = stream_to(server, body, TEXT)
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            until(lambda: len(server.server.server_state.tasks) == 1)
+            until(lambda: not server.server.server_state.tasks, 10)
+            until(lambda: server.worker.running == 0, 2)
+            assert stalled.recv(1)
+            stalled.close()
+
+    def test_health_answers_while_a_long_stream_is_written(self, tokenizer: Tokenizer) -> None:
+        """R4: megabytes of JSON are not made on the event loop."""
+        body = {"prompt": [[30] * 19_000] * 4, "max_tokens": 0, "echo": True, "logprobs": 20, "stream": True}
+        slowest = 0.0
+        with running(tokenizer, FakeEngine(max_context=20_000)) as server, ThreadPoolExecutor(1) as pool:
+            job = pool.submit(httpx.post, server.url + TEXT, json=body, timeout=60)
+            with httpx.Client(timeout=10) as client:
+                while not job.done():
+                    begun = time.monotonic()
+                    assert client.get(server.url + "/health").status_code == 200
+                    slowest = max(slowest, time.monotonic() - begun)
+                    time.sleep(0.005)
+        assert len(job.result().content) > 20_000_000
+        assert slowest < 0.5
+
+    @pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [30]})])
+    def test_long_answers_are_not_written_on_the_event_loop(
+        self, client: TestClient, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """R4: they may hold millions of ids."""
+        on_loop: list[bool] = []
+
+        def spy(content: object) -> bytes:
+            try:
+                asyncio.get_running_loop()
+                on_loop.append(True)
+            except RuntimeError:
+                on_loop.append(False)
+            return to_json(content)
+
+        monkeypatch.setattr("nanoserve.http_guard.to_json", spy)
+        assert client.post(path, json=body).status_code == 200
+        assert on_loop == [False]
 
 
 class TestLoad:

@@ -78,6 +78,7 @@ class TestProcess:
 
     @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
     def test_idle_ends_quickly_and_quietly(self, start: StartServer, sig: signal.Signals) -> None:
+        """R7."""
         process, url = start()
         self.wait(url)
         before = time.monotonic()
@@ -89,6 +90,7 @@ class TestProcess:
         assert f"listening on {url}/v1" in errors
 
     def test_a_running_stream_ends_well(self, start: StartServer) -> None:
+        """R6."""
         process, url = start(0.05)
         self.wait(url)
         body = {**LONG, "max_tokens": 40, "stream": True}
@@ -106,20 +108,22 @@ class TestProcess:
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
 
-    def test_a_second_signal_ends_at_once(self, start: StartServer) -> None:
+    @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+    def test_a_second_signal_ends_at_once(self, start: StartServer, sig: signal.Signals) -> None:
+        """R10: the process too, and without a word of the events that came too late."""
         process, url = start(0.1)
         self.wait(url)
         with httpx.stream("POST", url + CHAT, json={**LONG, "stream": True}) as response:
             lines = response.iter_lines()
             next(lines)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sig)
             self.wait(url, 503)
             before = time.monotonic()
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sig)
             with suppress(httpx.TransportError):
                 assert "data: [DONE]" not in list(lines)
+            _, errors = process.communicate(timeout=20)
             assert time.monotonic() - before < 1
-        _, errors = process.communicate(timeout=20)
         assert "Traceback" not in errors
 
     def test_a_second_signal_does_not_wait_for_a_stalled_reader(self, start: StartServer) -> None:
@@ -143,7 +147,7 @@ class TestProcess:
             assert time.monotonic() - before < 1, "not two seconds, which the last bytes have after one signal"
 
     def test_health_answers_while_large_bodies_are_prepared(self, start: StartServer) -> None:
-        """The clients' own work is not in the server's process."""
+        """R4. The clients' own work is not in the server's process."""
         _, url = start()
         self.wait(url)
         bodies: list[tuple[str, dict[str, Any]]] = [
@@ -200,5 +204,6 @@ class TestBind:
             bind(plain_config(host=host))
 
     def test_loopback_is_the_default(self) -> None:
+        """S3."""
         with bind(plain_config()) as sock:
             assert sock.getsockname()[0] == "127.0.0.1"
