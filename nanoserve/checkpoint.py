@@ -3,6 +3,9 @@
 No code and no pickle of a checkpoint is ever opened. Nothing that a header or an index claims is believed
 before it has been held against the file: offsets, sizes, names. Data goes from the file straight into the
 caller's buffer, one tensor at a time.
+
+A byte of a weight that was changed on its way is not found out: releases come without digests of their files. What
+it makes of a scale (NaN, infinity, a negative number) or of the logits (not finite) is told.
 """
 
 import math

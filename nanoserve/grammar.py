@@ -193,9 +193,9 @@ class Compiler:
             if key in self._verdicts:
                 self._verdicts.move_to_end(key)
                 return self._verdicts[key]
-            pending = self._trying.get(key)
+            pending, own = self._trying.get(key), Future[_Verdict]()
             if pending is None:
-                own = self._trying[key] = Future[_Verdict]()
+                self._trying[key] = own
         if pending is not None:
             return pending.result()
         try:

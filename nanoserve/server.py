@@ -77,7 +77,8 @@ def bind(config: ServerConfig) -> socket.socket:
 def serve(config: ServerConfig, service: Service, sock: socket.socket) -> int:
     """Serve until SIGTERM or SIGINT: then /health turns red and running requests get the drain timeout.
 
-    Serving ends too when the engine breaks, once the running answers have told it. A second signal ends at once. The worker is closed at the end; one that hangs may be left not ``ended``.
+    Serving ends too when the engine breaks, once the running answers have told it. A second signal ends at once.
+    The worker is closed at the end; one that hangs may be left not ``ended``.
 
     Returns:
         Exit code: 0, or 1 when the model could not be loaded or the engine broke.

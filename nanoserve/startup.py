@@ -133,8 +133,8 @@ def load_engine(prepared: Prepared, progress: Progress) -> Engine:
     except torch.OutOfMemoryError as error:
         raise MemoryPlanError(
             f"the memory ran out while loading: {size(p.memory.budget - p.memory.left)} are needed, of "
-            f"{size(p.memory.available)} that were free before, and {size(free_memory(p.device))} are left: another "
-            "program takes some; end it, or ask for a smaller --max-context"
+            f"{size(p.memory.available)} that were free before, and {size(free_memory(p.device))} are left: "
+            "another program takes some; end it, or ask for a smaller --max-context"
         ) from error
 
 

@@ -171,6 +171,7 @@ def test_not_a_directory(home: Path) -> None:
     ids=["empty", "cut", "list", "number", "not-utf8", "deep", "huge-number"],
 )
 def test_bad_json_file_is_named(home: Path, name: str, content: bytes) -> None:
+    """R16."""
     write_safetensors(home / "model.safetensors", TWO)
     (home / name).write_bytes(content)
     assert refused(home).file == name
@@ -209,6 +210,7 @@ def test_no_weights(home: Path) -> None:
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
 def test_pickles_are_refused_unopened(home: Path, name: str) -> None:
+    """R16, S1."""
     os.mkfifo(home / name)  # opening it would hang
     error = refused(home)
     assert error.file == name
@@ -257,6 +259,7 @@ def test_bad_weight_map(home: Path, weight_map: object) -> None:
     ],
 )
 def test_index_names_plain_files_only(home: Path, name: object) -> None:
+    """R16."""
     (home / "d").mkdir()
     for place in (home.parent / "x.safetensors", home / "d" / "x.safetensors", home / A_SHARD):
         write_safetensors(place, {"a": ("U8", (1,))})
@@ -266,6 +269,7 @@ def test_index_names_plain_files_only(home: Path, name: object) -> None:
 
 
 def test_missing_shard(home: Path) -> None:
+    """R16."""
     write_sharded(home, SHARDS)
     (home / B_SHARD).unlink()
     error = refused(home)

@@ -2,15 +2,19 @@
 
 import json
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import torch
 from conftest import DATA
+from safetensors.torch import load_file, save_file
 
 from nanoserve.cli import main
 
@@ -80,6 +84,15 @@ def spoil(directory: Path, how: str) -> None:
             (directory / "model.safetensors.index.json").write_text(json.dumps(index))
         case "tokenizer not JSON":
             (directory / "tokenizer.json").write_text("[")
+        case "missing tensor":
+            tensors = load_file(weights)
+            del tensors["backbone.layers.2.norm.weight"]
+            save_file(tensors, weights)
+        case "long header":
+            weights.write_bytes((2**40).to_bytes(8, "little") + weights.read_bytes()[8:])
+        case "shard missing":
+            index = {"weight_map": {"backbone.norm_f.weight": "model-00001-of-00001.safetensors"}}
+            (directory / "model.safetensors.index.json").write_text(json.dumps(index))
         case "no tensors":
             weights.write_bytes((2).to_bytes(8, "little") + b"{}")
         case "template too deep":
@@ -106,12 +119,16 @@ def spoil(directory: Path, how: str) -> None:
         ("template syntax", "chat_template.jinja"),
         ("template too deep", "chat_template.jinja"),
         ("no tensors", "model.safetensors"),
+        ("missing tensor", "model.safetensors: backbone.layers.2.norm.weight"),
+        ("long header", "model.safetensors"),
+        ("shard missing", "model-00001-of-00001.safetensors"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "generate"])
 def test_a_bad_checkpoint_is_one_line(
     capsys: pytest.CaptureFixture[str], make_checkpoint: Make, command: str, how: str, words: str
 ) -> None:
+    """R16."""
     directory = make_checkpoint()
     spoil(directory, how)
     extra = ("--prompt", "Hi") if command == "generate" else ("--port", "0")
@@ -124,16 +141,21 @@ def test_a_bad_checkpoint_is_one_line(
 
 
 def test_code_beside_a_checkpoint_is_never_run(capsys: pytest.CaptureFixture[str], make_checkpoint: Make) -> None:
+    """S1."""
     directory = make_checkpoint()
     canary = directory / "canary"
-    evil = f"open({str(canary)!r}, 'w').close()\nclass NemotronHConfig: pass\n"
+    touch = f"open({str(canary)!r}, 'w').close()"
+    evil = f"{touch}\nclass NemotronHConfig: pass\n"
     for name in ("configuration_nemotron_h.py", "modeling_nemotron_h.py", "tokenizer.py"):
         (directory / name).write_text(evil)
-    (directory / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    pickled = b"cbuiltins\nexec\n(V" + touch.encode() + b"\ntR."  # protocol 0: runs the text when it is loaded
+    (directory / "pytorch_model.bin").write_bytes(pickled)
     assert "auto_map" in json.loads((directory / "config.json").read_text())
     code, _, _ = run(capsys, "generate", directory, "--prompt", "Hi", "--max-tokens", "1")
     assert code == 0
     assert not canary.exists()
+    pickle.loads(pickled)  # noqa: S301  # it would have run
+    assert canary.exists()
 
 
 @pytest.mark.parametrize(
@@ -177,6 +199,7 @@ def test_options_come_from_toml_and_environment(
 def test_an_api_key_file_must_hold_one(
     capsys: pytest.CaptureFixture[str], random_checkpoint: Path, tmp_path: Path
 ) -> None:
+    """S6."""
     for content in (None, " \n"):
         file = tmp_path / "key"
         if content is not None:
@@ -184,6 +207,29 @@ def test_an_api_key_file_must_hold_one(
         code, _, err = run(capsys, "run", random_checkpoint, "--api-key-file", file)
         assert code == 1
         assert "api-key-file" in err
+    assert "api-key-file" in run(capsys, "run", random_checkpoint, "--api-key", "a key that ps would show")[2]
+
+
+def out_of_memory(*arguments: object) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def test_too_little_memory_is_one_line(
+    capsys: pytest.CaptureFixture[str], random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R11. Before the weights are read, and when another program takes the memory meanwhile."""
+    generate = ("generate", random_checkpoint, "--prompt", "Hi", "--max-context", "64")
+    monkeypatch.setattr("nanoserve.startup.load", out_of_memory)
+    code, _, late = run(capsys, *generate)
+    assert code == 1
+    assert re.search(r"error: the memory ran out .* [0-9.]+ MB are needed, .* and [0-9.]+ GB are left", late)
+    assert "Traceback" not in late
+    monkeypatch.setenv("NANOSERVE_MEMORY_FRACTION", "1e-9")
+    for arguments in (generate, ("run", random_checkpoint, "--port", "0")):
+        code, _, err = run(capsys, *arguments)
+        assert code == 1
+        assert re.search(r"do not fit a budget of \S+ B: weights need [0-9.]+ ", err)
+        assert err.count("\n") == 1
 
 
 def test_modelopts_own_checkpoints_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

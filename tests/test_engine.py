@@ -67,6 +67,7 @@ def test_the_models_end_tokens_stop_unless_ignored(engine: Engine) -> None:
 
 
 def test_state_is_clean_between_requests(engine: Engine) -> None:
+    """R18."""
     before = greedy(engine, 20)
     ids(engine, tuple(range(20, 60)), max_tokens=20, logit_bias={7: 50.0}, repetition_penalty=3.0)
     assert greedy(engine, 20) == before
@@ -82,6 +83,7 @@ def test_unseeded_requests_differ(engine: Engine) -> None:
 
 
 def test_the_context_ends_an_answer_with_length(engine: Engine) -> None:
+    """R15."""
     for room in (1, 2, 30):
         prompt = tuple(range(3, 3 + CONTEXT - room))
         for budget in (None, room, 1000):

@@ -2,9 +2,11 @@
 
 import json
 import re
+import resource
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +324,7 @@ HOSTILE: Mapping[str, Grammar] = {
 
 @pytest.mark.parametrize("grammar", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_grammars_are_refused_in_time(answerer: Answerer, grammar: Grammar) -> None:
+    """S9."""
     started = time.monotonic()
     refused(answerer, grammar)
     assert time.monotonic() - started < 6
@@ -356,6 +359,48 @@ def test_a_grammar_is_tried_once(answerer: Answerer, monkeypatch: pytest.MonkeyP
     again = answerer.constraint(good)
     assert first.allowed() == again.allowed()
     assert str(refused(answerer, bad)) == message
+
+
+def test_thousands_of_schemas_leave_no_memory_behind(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S9. Every one compiled and followed a little; only their trials, in processes of their own, are left out."""
+
+    def passed(compiler: grammars.Compiler, text: str) -> object:
+        return grammars._Verdict(text)  # pyright: ignore[reportPrivateUsage]
+
+    monkeypatch.setattr(grammars.Compiler, "_try", passed)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def use(first: int, count: int) -> None:
+        for i in range(first, first + count):
+            answerer.constraint(JsonSchema(an_object(**{f"p{i}": {"type": "string", "maxLength": i}}))).allowed()
+
+    use(0, 100)
+    before = resident()
+    use(100, 2000)
+    assert resident() - before < 100e6
+
+
+def test_one_grammar_is_tried_once_however_many_ask(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the others wait for its verdict, where no other trial would have a place."""
+    tried: list[str] = []
+    real = grammars.Compiler._try  # pyright: ignore[reportPrivateUsage]
+
+    def slowly(compiler: grammars.Compiler, text: str) -> object:
+        tried.append(text)
+        time.sleep(0.4)
+        return real(compiler, text)
+
+    monkeypatch.setattr(grammars, "PATIENCE", 0.1)
+    monkeypatch.setattr(grammars.Compiler, "_try", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        for grammar in (Choice(("asked", "by many")), Regex("asked(by many")):
+            asked = [pool.submit(answerer.constraint, grammar) for _ in range(8)]
+            errors = {str(one.exception()) for one in asked}
+            assert len(errors) == 1
+            assert "waiting" not in errors.pop()
+    assert len(tried) == 2
 
 
 def test_too_many_trials_at_once_are_turned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,33 @@ def test_every_file_stays_readable() -> None:
     assert not long
 
 
+def rows_of_the_serving_tests() -> list[tuple[str, str]]:
+    """Row and the rest of its line."""
+    text = (ROOT / "docs" / "serving-tests.md").read_text()
+    return re.findall(r"^\| ([RS]\d+) \|(.*)$", text, re.MULTILINE)
+
+
+def test_every_serving_row_has_a_line() -> None:
+    wanted = [*(f"R{i}" for i in range(1, 25)), *(f"S{i}" for i in range(1, 14))]
+    rows = rows_of_the_serving_tests()
+    assert [row for row, _ in rows] == wanted
+    assert [row for row, line in rows if "`test_" not in line] == ["R17"], "out of scope, and it says so"
+
+
+@pytest.mark.parametrize(
+    ("row", "line"), [pytest.param(*pair, id=pair[0]) for pair in rows_of_the_serving_tests()]
+)
+def test_a_serving_rows_tests_exist_and_name_it(row: str, line: str) -> None:
+    for file, *path in (found.split("::") for found in re.findall(r"`(test_\w+\.py(?:::\w+)+)`", line)):
+        node: ast.AST = ast.parse((ROOT / "tests" / file).read_text())
+        for name in path:
+            inside = [child for child in ast.iter_child_nodes(node) if getattr(child, "name", None) == name]
+            assert len(inside) == 1, f"{file} has no {'::'.join(path)}"
+            node = inside[0]
+        assert isinstance(node, ast.FunctionDef)
+        assert re.search(rf"\b{row}\b", ast.get_docstring(node) or ""), f"{path[-1]} does not name {row}"
+
+
 def test_pyright_sees_every_folder() -> None:
     """It does not follow symbolic links, so nanoserve/models alone would go unchecked."""
     include = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]["include"]

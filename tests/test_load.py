@@ -74,7 +74,7 @@ def said(answer: httpx.Response) -> object:
 
 
 def test_two_hundred_at_once_answer_as_alone_or_refuse(tmp_path: Path, random_checkpoint: Path) -> None:
-    """A real engine, so that what is left of one request would show in the next one's answer."""
+    """R3, R18. A real engine, so that what is left of one request would show in the next one's answer."""
     options = ["--port", 0, "--device", "cpu", "--max-context", 256, "--max-queue", 24]
     with (
         started(tmp_path / "log", "-m", "nanoserve", "run", random_checkpoint, *options) as server,
@@ -125,6 +125,7 @@ def mixed(http: httpx.Client, url: str, i: int) -> None:
 
 
 def test_a_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
+    """R5."""
     directory = tmp_path / "tokenizer"
     make_tokenizer(directory)
     with (

@@ -16,6 +16,7 @@ from torch import Tensor
 import nanoserve
 from nanoserve.engine import Engine
 from nanoserve.errors import CheckpointError, ConfigError, EngineError, RequestError
+from nanoserve.grammar import Choice, JsonSchema
 from nanoserve.local import LocalEngine
 from nanoserve.request import sampling_defaults
 from nanoserve.startup import Prepared, load_engine
@@ -101,6 +102,30 @@ def test_threads_share_an_engine(engine: LocalEngine) -> None:
     for thread in threads:
         thread.join(60)
     assert got == [want] * 6
+
+
+def test_nothing_of_one_request_is_left_in_the_next(engine: LocalEngine) -> None:
+    """R18. Of its text, bias, penalties, grammar, stop strings, or what it was cancelled amid."""
+    secret = [{"role": "user", "content": "The secret word is Xylophone7. Keep it."}]
+
+    def ask() -> tuple[list[int], str]:
+        answer = engine.generate(CHAT, max_tokens=24, temperature=0.0, ignore_eos=True)
+        return answer.token_ids, answer.text
+
+    before = ask()
+    engine.generate(secret, max_tokens=24, seed=1, ignore_eos=True, logit_bias={7: 60.0}, repetition_penalty=3.0)
+    assert ask() == before
+    engine.generate(
+        secret, max_tokens=24, presence_penalty=2.0, stop=[before[1][:3], before[1][3:6]], min_tokens=4
+    )
+    assert ask() == before
+    for grammar in (Choice(("yes", "no")), JsonSchema({"type": "object"})):
+        engine.generate(secret, max_tokens=6, grammar=grammar, thinking_budget=3)
+        assert ask() == before
+    stream = engine.stream(secret, max_tokens=200, ignore_eos=True, logit_bias={9: 60.0})
+    next(stream)
+    stream.close()
+    assert ask() == before
 
 
 def test_score_is_of_each_following_token(engine: LocalEngine) -> None:

@@ -235,10 +235,32 @@ def test_the_table_is_long() -> None:
     ("path", "field", "body"), CASES, ids=[f"{i}-{path[1:]}-{field}" for i, (path, field, _) in enumerate(CASES)]
 )
 def test_a_wrong_field_is_named(app: Starlette, path: str, field: str, body: dict[str, Any]) -> None:
+    """S2, S12."""
     response = post(app, path, json.dumps(body).encode())
     error = check_error(response)
     assert (error["param"] or "").partition("[")[0].partition(".")[0] == field, error
     assert response.status_code == (404 if error["code"] == "model_not_found" else 400)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [
+        ("stop", ["a"] * 17, "16"),
+        ("stop", "a" * 1001, "1000"),
+        ("stop_token_ids", [5] * 1025, "1024"),
+        ("logit_bias", {"512": 1}, "[0, 511]"),
+        ("logit_bias", {str(i): 1 for i in range(1025)}, "1024"),
+        ("tools", [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)], "128"),
+        ("messages", HI * 16_385, "16384"),
+        ("top_logprobs", 21, "20"),
+        ("n", 17, "16"),
+        ("user", "x" * (8 * 1024 * 1024), "8388608"),
+    ],
+)
+def test_a_limit_is_named(app: Starlette, field: str, value: object, limit: str) -> None:
+    """S10."""
+    response = post(app, CHAT, json.dumps({"messages": HI, "logprobs": True, field: value}).encode())
+    assert limit in check_error(response)["message"]
 
 
 @pytest.mark.parametrize("content", RAW, ids=range(len(RAW)))

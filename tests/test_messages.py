@@ -78,6 +78,7 @@ def chat(text: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def test_no_typed_text_becomes_a_control_token(tokenizer: Tokenizer) -> None:
+    """S7."""
     harmless, plain_tools = chat(lambda _=False: "x")
     switches = {"truncate_history_thinking": False}
     expected = controls(tokenizer.encode_chat(harmless, tools=plain_tools, template_kwargs=switches))
@@ -405,6 +406,7 @@ def test_tools_must_be_objects(tokenizer: Tokenizer) -> None:
     ],
 )
 def test_switches_that_are_refused(tokenizer: Tokenizer, kwargs: Mapping[str, Any], param: str) -> None:
+    """S2."""
     with pytest.raises(RequestError) as caught:
         tokenizer.encode_chat(user(), template_kwargs=kwargs)
     assert caught.value.param == param
@@ -432,6 +434,7 @@ def test_switches_that_are_refused(tokenizer: Tokenizer, kwargs: Mapping[str, An
 def test_templates_that_fail(
     spec: dict[str, Any], template: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """S2."""
     monkeypatch.chdir(tmp_path)
     tokenizer = Tokenizer(spec, template)
     begin = time.perf_counter()

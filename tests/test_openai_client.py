@@ -252,6 +252,7 @@ def test_closing_a_stream_cancels(client: OpenAI, server: Running) -> None:
 
 
 def test_a_timeout_of_the_client_cancels(client: OpenAI, server: Running) -> None:
+    """R2."""
     server.engine.delay = 0.02
     with pytest.raises(openai.APITimeoutError):
         client.chat.completions.create(model=MODEL, messages=HI, timeout=0.3, extra_body={"ignore_eos": True})
@@ -259,6 +260,7 @@ def test_a_timeout_of_the_client_cancels(client: OpenAI, server: Running) -> Non
 
 
 def test_async_streams_and_cancellations(server: Running) -> None:
+    """R2."""
     server.engine.delay = 0.005
 
     async def go() -> None:

@@ -1,5 +1,6 @@
 """What an operator relies on: the log as JSON, request ids, a red /health when the engine hangs, the drain."""
 
+import asyncio
 import io
 import json
 import logging
@@ -7,16 +8,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import httpx
 import pytest
 from fake_engine import FakeEngine, Running, make_service, plain_config, running, until
 from starlette.testclient import TestClient
 
+from nanoserve.answers import Answers
+from nanoserve.choice import Choice
 from nanoserve.config import ServerConfig, build
 from nanoserve.errors import ConfigError
 from nanoserve.logs import JsonFormatter, log_to_stderr
-from nanoserve.request import Event, Request
+from nanoserve.metrics import Metrics, RequestRecord
+from nanoserve.request import Event, Request, SamplingParams
 from nanoserve.routes import create_app
 from nanoserve.server import Server, bind, hang_timeout
 from nanoserve.worker import Worker
@@ -103,6 +108,7 @@ class TestLog:
 
 class TestWatchdog:
     def test_a_hanging_engine_turns_health_red(self, caplog: pytest.LogCaptureFixture) -> None:
+        """R13."""
         engine = Hanging()
         config = plain_config()
         worker = Worker(lambda: engine, max_queue=4, hang_timeout=0.3)
@@ -160,6 +166,7 @@ class TestWatchdog:
             assert worker.close(5)
 
     def test_the_time_depends_on_the_device(self) -> None:
+        """R13."""
         plain = plain_config()
         assert hang_timeout(plain, "cuda") == 20
         assert hang_timeout(plain, "cpu") >= 300
@@ -170,7 +177,39 @@ class TestWatchdog:
             plain_config(hang_timeout=0.0)
 
 
+class TestReach:
+    @pytest.mark.parametrize(
+        ("options", "warned"),
+        [({"host": "0.0.0.0"}, True), ({"host": "0.0.0.0", "api_key": "k"}, False), ({}, False)],
+    )
+    def test_an_open_door_is_told(
+        self, options: dict[str, Any], warned: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """S3."""
+        with running(None, FakeEngine(), **options) as server:
+            until(lambda: httpx.get(server.url + "/health", headers={"x-api-key": "k"}).status_code == 200)
+            until(lambda: not warned or "reachable from other machines" in caplog.text)
+        lines = [line for line in caplog.text.splitlines() if "reachable" in line]
+        assert len(lines) == warned
+        assert all("--api-key-file" in line and "--host 127.0.0.1" in line for line in lines)
+
+
 class TestDrain:
+    def test_events_after_the_loops_end_are_dropped(self, caplog: pytest.LogCaptureFixture) -> None:
+        """R10. A second signal ends the event loop while a step may take long."""
+        worker = Worker(lambda: FakeEngine(delay=0.05), max_queue=4)
+        worker.wait_ready(5)
+
+        async def ask() -> None:
+            request = Request((30, 31), SamplingParams(max_tokens=50, ignore_eos=True))
+            Answers(worker, [request], [Choice(0, (), None)], RequestRecord(Metrics()))
+
+        asyncio.run(ask())
+        until(lambda: worker.running == 1)
+        time.sleep(0.1)
+        assert worker.close(5)
+        assert not caplog.records
+
     @pytest.fixture
     def server(self) -> Iterator[Running]:
         with running(None, FakeEngine(delay=0.05), drain_timeout=0.5) as server:

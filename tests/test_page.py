@@ -379,6 +379,7 @@ class TestConversation:
 @needs_browser
 class TestHostileText:
     def test_it_stays_text(self, tab: Tab, script: Script) -> None:
+        """S13."""
         script.model = HOSTILE
         call = {"index": 0, "id": HOSTILE, "function": {"name": HOSTILE, "arguments": HOSTILE}}
         parts = [
@@ -406,7 +407,7 @@ class TestHostileText:
         assert set(script.paths) == {"/", "/v1/models", "/v1/chat/completions"}
 
     def test_the_policy_holds_where_the_script_would_not(self, tab: Tab, script: Script) -> None:
-        """The net below: markup cannot be made of a string, and nothing remote is fetched."""
+        """S13. The net below: markup cannot be made of a string, and nothing remote is fetched."""
         tab.open(script.url)
         with pytest.raises(Error, match="TrustedHTML"):
             tab.page.evaluate("document.body.innerHTML = '<b>x</b>'")

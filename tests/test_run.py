@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,7 @@ import openai
 import pytest
 import torch
 from conftest import DATA
+from fake_engine import until
 from hf_reference import reference_greedy, reference_model, write_twin
 from openai.types.chat import ChatCompletionMessageParam
 from safetensors.torch import load_file, save_file
@@ -134,6 +136,7 @@ def test_streamed_and_whole_answers_are_the_same(server: Server) -> None:
 
 
 def test_an_abandoned_stream_frees_the_engine(server: Server) -> None:
+    """R2."""
     client = server.client()
     for _ in range(5):
         stream = client.chat.completions.create(
@@ -163,6 +166,7 @@ def test_many_at_once_get_the_single_answer(server: Server) -> None:
 
 
 def test_over_long_prompts_are_refused_and_full_ones_answered(server: Server) -> None:
+    """R14, R15."""
     client = server.client()
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="model", prompt=[5] * 512, max_tokens=1)
@@ -174,7 +178,7 @@ def test_over_long_prompts_are_refused_and_full_ones_answered(server: Server) ->
 
 
 def test_sigterm_lets_a_stream_finish(serve: Callable[..., Server], random_checkpoint: Path) -> None:
-    """And what an operator has set reaches the server: a log in JSON, a watchdog that barks at every step."""
+    """R6. And what an operator has set reaches the server: a log in JSON, a watchdog that barks at every step."""
     watchdog = {"NANOSERVE_HANG_TIMEOUT": "0.0001"}
     server = serve(random_checkpoint, "--max-context", "400", "--log-json", env=watchdog)
     body = {"model": "model", "prompt": [5], "max_tokens": 150, "stream": True, "ignore_eos": True}
@@ -198,6 +202,7 @@ def test_sigterm_lets_a_stream_finish(serve: Callable[..., Server], random_check
 def test_an_idle_server_ends_at_once(
     serve: Callable[..., Server], random_checkpoint: Path, with_signal: signal.Signals
 ) -> None:
+    """R7."""
     server = serve(random_checkpoint)
     assert server.url
     started = time.monotonic()
@@ -209,16 +214,87 @@ def test_an_idle_server_ends_at_once(
 def test_a_killed_server_can_start_again_on_its_port(
     serve: Callable[..., Server], random_checkpoint: Path
 ) -> None:
+    """R8."""
     first = serve(random_checkpoint)
     port = first.root.rpartition(":")[2]
-    first.process.kill()
-    first.stop()
+    body = {"prompt": [5], "stream": True, "ignore_eos": True, "max_tokens": 4000}
+    with httpx.stream("POST", f"{first.url}/completions", json=body, timeout=60) as answer:
+        next(answer.iter_lines())
+        first.process.kill()
+        first.stop()
     second = Server(random_checkpoint, "--port", port, "--device", "cpu")
     assert second.url.endswith(f":{port}/v1")
+    assert second.client().completions.create(model="model", prompt=[5], max_tokens=1).choices
     assert second.stop() == 0
 
 
+def children(process: int) -> set[int]:
+    """Its children that live."""
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return {int(child) for task in tasks for child in task.read_text().split()}
+
+
+def lives(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_server(
+    serve: Callable[..., Server], random_checkpoint: Path, with_signal: signal.Signals
+) -> None:
+    """R6, R8. Not even one that tries a grammar out."""
+    server = serve(random_checkpoint)
+    hostile = {"allOf": [{"type": "integer", "multipleOf": m} for m in (9973, 9967)]}
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.post, f"{server.url}/completions", json={"prompt": "a", "guided_json": hostile})
+        until(lambda: bool(children(server.process.pid)), 20)
+        born = children(server.process.pid)
+        assert server.stop(with_signal) == (0 if with_signal == signal.SIGTERM else -signal.SIGKILL)
+        asked.exception(10)
+    until(lambda: not any(map(lives, born)), 10)
+    assert "Traceback" not in server.log
+
+
+def test_a_broken_engine_ends_the_process(make_checkpoint: Make, serve: Callable[..., Server]) -> None:
+    """R12. The client hears of it, /health turns red, and a supervisor can start another."""
+    directory = make_checkpoint()
+    tensors = load_file(directory / "model.safetensors")
+    tensors["backbone.layers.0.mixer.A_log"][:] = torch.nan
+    save_file(tensors, directory / "model.safetensors")
+    server = serve(directory)
+    body = {"prompt": [5], "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/completions", json=body, timeout=60) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    health = httpx.get(f"{server.root}/health")
+    assert (health.status_code, health.json()) == (503, {"status": "broken"})
+    assert len(lines) == 1, "no token of a damaged model"
+    assert "damaged" in json.loads(lines[0].removeprefix("data: "))["error"]["message"]
+    assert server.process.wait(10) == 1
+    server.stop()
+    assert "the server ends" in server.log
+
+
+def test_a_prompt_seen_before_is_answered_as_if_it_were_not(server: Server, random_checkpoint: Path) -> None:
+    """R19. Whatever is kept of prompts. Nothing is yet, and cached_tokens says so."""
+    import nanoserve
+
+    first = list(range(20, 420))
+    edited = [*first[:200], 7, *first[201:]]
+    prompts = [first, first, edited, first[:300], [*first, 9, 8], first]
+    for prompt in prompts:
+        body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+        answer = httpx.post(f"{server.url}/completions", json={**body, "ignore_eos": True}, timeout=60).json()
+        assert 0 <= answer["usage"]["prompt_tokens_details"]["cached_tokens"] < len(prompt)
+        with nanoserve.load(random_checkpoint, device="cpu", max_context=512) as cold:
+            want = cold.generate(prompt, max_tokens=12, temperature=0.0, ignore_eos=True).token_ids
+        assert answer["choices"][0]["token_ids"] == want
+
+
 def test_a_taken_port_is_one_line_before_anything_is_loaded(random_checkpoint: Path) -> None:
+    """R9."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         server = Server(random_checkpoint, "--port", str(taken.getsockname()[1]))
         assert server.stop() != 0 if server.process.wait(30) else False
@@ -227,6 +303,7 @@ def test_a_taken_port_is_one_line_before_anything_is_loaded(random_checkpoint: P
 
 
 def test_a_fault_in_the_data_ends_the_server_with_one_line(make_checkpoint: Make) -> None:
+    """R16."""
     directory = make_checkpoint()
     file = directory / "model.safetensors"
     tensors = load_file(file)
@@ -288,6 +365,7 @@ def test_a_signal_that_was_ignored_stays_ignored() -> None:
 
 
 def test_a_checkpoint_without_tokenizer_serves_ids(serve: Callable[..., Server]) -> None:
+    """R16."""
     server = serve(DATA / "super_mixed")
     answer = httpx.post(
         f"{server.url}/completions", json={"prompt": [5, 6], "max_tokens": 3, "logprobs": 2}
@@ -301,6 +379,7 @@ def test_a_checkpoint_without_tokenizer_serves_ids(serve: Callable[..., Server])
 def test_the_key_guards_every_route_but_health(
     serve: Callable[..., Server], random_checkpoint: Path, tmp_path: Path
 ) -> None:
+    """S6."""
     key = tmp_path / "key"
     key.write_text("sesame\n")
     for server in (

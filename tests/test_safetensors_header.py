@@ -26,6 +26,7 @@ def test_file_shorter_than_a_length(home: Path, size: int) -> None:
 
 @pytest.mark.parametrize("length", [3, 2**31, 2**63, 2**64 - 1, 100_000_001])
 def test_header_longer_than_the_file(home: Path, length: int) -> None:
+    """R16."""
     assert f"claims {length} of header" in refused_file(home, pack(b"{}", b"", length=length)).problem
 
 
@@ -51,6 +52,7 @@ def test_header_over_the_limit_is_not_read(home: Path) -> None:
     ],
 )
 def test_header_is_no_json_object(home: Path, header: bytes) -> None:
+    """R16."""
     refused_file(home, pack(header, b""))
 
 
@@ -93,6 +95,7 @@ ENTRY: dict[str, Any] = {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 1
     ],
 )
 def test_bad_entry(home: Path, change: dict[str, Any], word: str) -> None:
+    """R16."""
     error = refused_file(home, pack({"a": {**ENTRY, **change}}, bytes(12)))
     assert error.tensor == "a"
     assert word in error.problem
@@ -130,6 +133,7 @@ def spans(*offsets: tuple[int, int]) -> dict[str, Any]:
     ],
 )
 def test_spans_fill_the_data(home: Path, header: dict[str, Any], tensor: str | None, word: str) -> None:
+    """R16."""
     error = refused_file(home, pack(header, bytes(8)))
     assert error.tensor == tensor
     assert word in error.problem
@@ -153,6 +157,7 @@ def open_or_refuse(home: Path, content: bytes) -> bool:
 
 
 def test_fuzzed_headers_open_or_are_refused(home: Path) -> None:
+    """R16."""
     sound = pack(*lay_out({**nvfp4("m", 2, 16), **TWO}))
     header_end = len(sound) - sum(info.nbytes for info in _infos(home, sound).values())
     rng = random.Random(20261123)

@@ -253,6 +253,7 @@ class TestOtherRoutes:
         "path", ["/v1", "/collective_rpc", "/sleep", "/docs", "/openapi.json", "/v1/models/", CHAT + "/"]
     )
     def test_unknown_paths(self, client: TestClient, path: str) -> None:
+        """S11."""
         response = client.get(path, follow_redirects=False)
         assert response.status_code == 404
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
@@ -280,6 +281,8 @@ class TestOtherRoutes:
     def test_an_unexpected_error_is_500_without_details(
         self, client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
+        """S12."""
+
         def crash(*args: object, **options: object) -> list[int]:
             raise ZeroDivisionError("secret")
 
@@ -314,6 +317,7 @@ class TestFailures:
     def test_an_engine_failure(
         self, engine: FakeEngine, client: TestClient, stream: bool, caplog: pytest.LogCaptureFixture
     ) -> None:
+        """R12."""
         engine.fail, engine.fail_at = RuntimeError("CUDA secret"), 3
         response = client.post(CHAT, json={"messages": HI, "stream": stream, "ignore_eos": True})
         if stream:

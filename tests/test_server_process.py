@@ -127,6 +127,7 @@ class TestProcess:
         assert "Traceback" not in errors
 
     def test_a_second_signal_does_not_wait_for_a_stalled_reader(self, start: StartServer) -> None:
+        """R10."""
         process, url = start()
         self.wait(url)
         body = {"prompt": [30], "max_tokens": 450, "n": 16, "logprobs": 20, "ignore_eos": True, "stream": True}

@@ -338,6 +338,7 @@ def test_template_in_no_known_place(tmp_path: Path, directory: Path, chat_templa
 
 
 def test_code_beside_the_tokenizer_never_runs(tmp_path: Path) -> None:
+    """S1."""
     write_tokenizer(tmp_path, 512)
     canary = tmp_path / "canary"
     (tmp_path / "tokenizer.py").write_text(f"open({str(canary)!r}, 'w')")

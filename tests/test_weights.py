@@ -101,6 +101,7 @@ BY_VALUE: dict[str, tuple[Edit, str]] = {
 
 @pytest.mark.parametrize("case", BY_HEADER)
 def test_headers_tell(case: str, make_checkpoint: Make) -> None:
+    """R16."""
     edit, tensor, words = BY_HEADER[case]
     directory = edited(make_checkpoint(tokenizer=False), edit)
     checkpoint = open_checkpoint(directory)
@@ -115,6 +116,7 @@ def test_headers_tell(case: str, make_checkpoint: Make) -> None:
 
 @pytest.mark.parametrize("case", BY_VALUE)
 def test_values_tell(case: str, make_checkpoint: Make) -> None:
+    """R16."""
     edit, tensor = BY_VALUE[case]
     directory = edited(make_checkpoint(tokenizer=False), edit)
     prepared = prepare(open_checkpoint(directory), EngineConfig(device="cpu"))

@@ -108,6 +108,7 @@ def test_cancelling_a_running_request_ends_it_soon_and_the_next_runs(make: MakeW
 
 
 def test_a_waiting_request_that_is_cancelled_never_starts(make: MakeWorker) -> None:
+    """R23."""
     engine = FakeEngine(delay=0.2)
     worker = make(engine)
     events: list[Event] = []
