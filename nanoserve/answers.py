@@ -34,6 +34,7 @@ class Answers:
         requests: one a choice.
         choices: what makes pieces of each one's events.
         record: gets the times and counts; an attribute too.
+        loop: the event loop, which may not be the caller's: long prompts take a while to check.
 
     Raises:
         QueueFull, EngineError, RequestError: see `Worker.submit`.
@@ -45,8 +46,8 @@ class Answers:
         requests: Sequence[Request],
         choices: Sequence[Choice | ChatChoice],
         record: RequestRecord,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
-        loop = asyncio.get_running_loop()
         self.record = record
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._choices = choices
@@ -159,8 +160,9 @@ class Generation(Response):
             NanoserveError: nothing was sent yet, and the request was refused or failed.
             ClientDisconnect: the client left.
         """
-        record = record_of(scope)
-        answers = Answers(self._worker, self._job.requests, self._job.choices, record)
+        record, loop = record_of(scope), asyncio.get_running_loop()
+        submit = partial(Answers, self._worker, self._job.requests, self._job.choices, record, loop)
+        answers = await anyio.to_thread.run_sync(submit)
         record.prompt(self._job.prompt_tokens)
         try:
             work = self._stream(answers, send) if self._job.stream else self._whole(answers, scope, send)

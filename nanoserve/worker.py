@@ -114,8 +114,10 @@ class Worker:
 
     def hanging(self) -> str | None:
         """Why the thread is taken to hang; None while steps are made, or nothing runs."""
+        if self._running is None:  # asked first: a request that begins sets the time, and only then itself
+            return None
         silence = time.monotonic() - self._last_step
-        if self._running is None or silence <= self._hang_timeout:
+        if silence <= self._hang_timeout:
             return None
         return f"no step for {silence:.0f} s while a request runs: the engine's thread does not answer"
 

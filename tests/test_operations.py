@@ -202,7 +202,8 @@ class TestDrain:
 
         async def ask() -> None:
             request = Request((30, 31), SamplingParams(max_tokens=50, ignore_eos=True))
-            Answers(worker, [request], [Choice(0, (), None)], RequestRecord(Metrics()))
+            loop = asyncio.get_running_loop()
+            Answers(worker, [request], [Choice(0, (), None)], RequestRecord(Metrics()), loop)
 
         asyncio.run(ask())
         until(lambda: worker.running == 1)

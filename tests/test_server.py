@@ -17,6 +17,7 @@ from openai.types.chat import ChatCompletionMessage
 from starlette.testclient import TestClient
 
 from nanoserve.http_guard import to_json
+from nanoserve.request import Request
 from nanoserve.routes import create_app
 from nanoserve.tokenizer import Tokenizer
 from nanoserve.worker import EngineLike, Worker
@@ -456,6 +457,23 @@ class TestClientsThatLeave:
                     time.sleep(0.005)
         assert len(job.result().content) > 20_000_000
         assert slowest < 0.5
+
+    def test_health_answers_while_a_long_prompt_is_checked(self) -> None:
+        """R4: 16 choices of 262,144 ids take half a second."""
+
+        class Careful(FakeEngine):
+            def check(self, request: Request) -> None:
+                time.sleep(0.6)
+
+        with running(None, Careful()) as server, ThreadPoolExecutor(1) as pool, httpx.Client() as client:
+            client.get(server.url + "/health")
+            job = pool.submit(httpx.post, server.url + TEXT, json={"prompt": [30], "max_tokens": 1}, timeout=20)
+            time.sleep(0.2)
+            begun = time.monotonic()
+            assert client.get(server.url + "/health").status_code == 200
+            assert time.monotonic() - begun < 0.2
+            assert not job.done()
+            assert job.result().status_code == 200
 
     @pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [30]})])
     def test_long_answers_are_not_written_on_the_event_loop(
