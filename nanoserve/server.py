@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 
@@ -77,8 +78,8 @@ def bind(config: ServerConfig) -> socket.socket:
 def serve(config: ServerConfig, service: Service, sock: socket.socket) -> int:
     """Serve until SIGTERM or SIGINT: then /health turns red and running requests get the drain timeout.
 
-    Serving ends too when the engine breaks, once the running answers have told it. A second signal ends at once.
-    The worker is closed at the end; one that hangs may be left not ``ended``.
+    Serving ends too when the engine breaks, once the running answers have told it. A second signal ends at once,
+    and the process with it. The worker is closed at the end; one that hangs may be left not ``ended``.
 
     Returns:
         Exit code: 0, or 1 when the model could not be loaded or the engine broke.
@@ -91,6 +92,8 @@ def serve(config: ServerConfig, service: Service, sock: socket.socket) -> int:
         patience = 0.5 if server.force_exit else CLOSE_TIME
     finally:
         service.worker.close(patience)
+    if server.force_exit:
+        _end(server.exit_code)  # Python's own way out takes a second or two, with torch to be taken down
     return server.exit_code
 
 
@@ -101,10 +104,14 @@ def leave(code: int, worker: Worker) -> int:
     """
     if not worker.ended:
         log.warning("the engine does not end: leaving without it")
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(code)
+        _end(code)
     return code
+
+
+def _end(code: int) -> NoReturn:
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _connection_limit() -> int:

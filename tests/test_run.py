@@ -284,13 +284,15 @@ def test_a_prompt_seen_before_is_answered_as_if_it_were_not(server: Server, rand
     first = list(range(20, 420))
     edited = [*first[:200], 7, *first[201:]]
     prompts = [first, first, edited, first[:300], [*first, 9, 8], first]
-    for prompt in prompts:
+    wanted: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
         body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
         answer = httpx.post(f"{server.url}/completions", json={**body, "ignore_eos": True}, timeout=60).json()
         assert 0 <= answer["usage"]["prompt_tokens_details"]["cached_tokens"] < len(prompt)
-        with nanoserve.load(random_checkpoint, device="cpu", max_context=512) as cold:
-            want = cold.generate(prompt, max_tokens=12, temperature=0.0, ignore_eos=True).token_ids
-        assert answer["choices"][0]["token_ids"] == want
+        if (same := prompts.index(prompt)) == i:
+            with nanoserve.load(random_checkpoint, device="cpu", max_context=512) as cold:
+                wanted[i] = cold.generate(prompt, max_tokens=12, temperature=0.0, ignore_eos=True).token_ids
+        assert answer["choices"][0]["token_ids"] == wanted[same]
 
 
 def test_a_taken_port_is_one_line_before_anything_is_loaded(random_checkpoint: Path) -> None:
