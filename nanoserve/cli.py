@@ -1,4 +1,4 @@
-"""``nanoserve run | chat | generate | inspect | eval | bench``: the composition root; it reads like the flow."""
+"""``nanoserve run | chat | generate | inspect | eval | bench | doctor``: the composition root."""
 
 import argparse
 import io
@@ -24,6 +24,7 @@ from nanoserve.config import (
     read_toml,
 )
 from nanoserve.config import build as build_config
+from nanoserve.doctor_options import add_doctor_options
 from nanoserve.errors import ConfigError, NanoserveError
 from nanoserve.eval_questions import DEFAULT_COUNT, TaskName
 from nanoserve.files import DEMO_MODEL
@@ -226,6 +227,13 @@ def _bench(options: argparse.Namespace) -> int:
         return run_bench(options, _sections(options)[0], _announce)
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from nanoserve.doctor_command import run_doctor
+
+    with hearing(leave, *ENDING):
+        return run_doctor(options, _sections(options)[0])
+
+
 def _sections(options: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
     """Both config sections out of command line, environment and TOML."""
     toml = read_toml(options.config) if options.config else {}
@@ -263,7 +271,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="nanoserve", description="One Nemotron-H model, one GPU, one stream of tokens."
     )
     parser.add_argument("--version", action="version", version=f"nanoserve {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="run | chat | generate | inspect | eval | bench")
+    commands = parser.add_subparsers(
+        required=True, metavar="run | chat | generate | inspect | eval | bench | doctor"
+    )
 
     run = commands.add_parser("run", help="serve a checkpoint over HTTP")
     _model_argument(run)
@@ -311,6 +321,12 @@ def _parser() -> argparse.ArgumentParser:
     _engine_options(bench)
     add_bench_options(bench)
     bench.set_defaults(command=_bench)
+
+    doctor = commands.add_parser("doctor", help="whether this machine's driver, packages and kernels are sound")
+    _model_argument(doctor)
+    _engine_options(doctor)
+    add_doctor_options(doctor)
+    doctor.set_defaults(command=_doctor)
     return parser
 
 

@@ -48,3 +48,11 @@ class QuestionBar(Bar):
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Show the state, if it is time to."""
         self.show(done, total, f"{done:,} of {total:,} questions  {note}")
+
+
+class KernelBar(Bar):
+    """Progress of compiling. Call it with (jobs done, jobs in all, kernels so far)."""
+
+    def __call__(self, done: int, total: int, kernels: int) -> None:
+        """Show the state, if it is time to."""
+        self.show(done, total, f"{done} of {total} jobs, {kernels:,} kernels")

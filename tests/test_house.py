@@ -18,7 +18,7 @@ FLOORS = (
     # From the ground up: a module imports only from floors below its own, or from its own.
     {"errors", "config", "request", "models.config", "quantization", "eval_stats", "svg", "signals"},
     {"kernels"},
-    {"cache", "files", "checkpoint", "safetensors_header"},
+    {"cache", "cached", "files", "checkpoint", "safetensors_header"},
     {"models"},
     {"weights", "sampler", "step", "graph", "plan", "progress"},
     {"engine"},
@@ -56,6 +56,7 @@ FLOORS = (
         "bench_options",
         "bench_command",
     },
+    {"compile_job", "doctor_compile", "doctor_options", "doctor_command"},
     {"routes"},
     {"server"},
     {"cli", "__init__", "__main__"},
@@ -129,7 +130,7 @@ def test_nobody_imports_the_folders_as_packages(path: Path) -> None:
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not any(name.partition(".")[0] in ("models", "kernels") for name in names)
         if "flashinfer" in {name.partition(".")[0] for name in names}:
-            assert path.name == "flashinfer_ops.py"
+            assert path.name.startswith("flashinfer_")
 
 
 def test_every_file_stays_readable() -> None:
