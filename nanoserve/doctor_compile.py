@@ -1,7 +1,7 @@
 """``nanoserve doctor --compile``: every kernel at the released shapes, compiled for chips that need not be here.
 
 What is compiled: our Triton kernels of a decode step (`DECODE_TOKENS`) and of prefill, for any chip; and
-FlashInfer's CuTe-DSL expert kernels (`EXPERT_TOKENS`) for sm_120a and sm_121a. "Compiled for" is all that this says.
+FlashInfer's CuTe-DSL expert kernels (`EXPERT_TOKENS`) for sm_120a and sm_121a. "Compiled for" is all it can say.
 """
 
 import json
