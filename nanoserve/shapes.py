@@ -96,6 +96,8 @@ def _part(item: Item, part: Part, random: torch.Generator) -> Tensor:
         case Format.NVFP4, "scales":  # bit patterns of E4M3 from 1 up to 2
             codes = torch.randint(0x38, 0x40, shape, generator=random, dtype=torch.uint8, device=device)
             return codes.view(torch.float8_e4m3fn)
+        case Format.NVFP4, "input":  # amax / (6 * 448), and values are a few times 1
+            return torch.full(shape, 1 / 256, device=device)
         case Format.NVFP4, _:
             return torch.full(shape, _deviation(item) / (1.5 * _CODES_RMS), device=device)
         case Format.FP8, "scale":

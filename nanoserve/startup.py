@@ -11,7 +11,9 @@ from nanoserve.checkpoint import Checkpoint
 from nanoserve.config import EngineConfig
 from nanoserve.engine import Engine
 from nanoserve.errors import BackendError, ConfigError
+from nanoserve.experts import expert_costs, expert_facts, with_prepared
 from nanoserve.graph import Capture, Decoder, obstacles
+from nanoserve.kernels.place import Experts
 from nanoserve.kernels.sample import SamplerState
 from nanoserve.kernels.table import Ops, select
 from nanoserve.models.config import NemotronHConfig
@@ -43,6 +45,16 @@ class Examined:
     def end_ids(self) -> frozenset[int]:
         """What ends an answer; an id beyond the vocabulary can never come, so it can never end anything."""
         return frozenset(id for id in self.checkpoint.eos_token_ids if id < self.config.vocab_size)
+
+    @property
+    def experts(self) -> Experts | None:
+        """The routed experts, as backends see them."""
+        return expert_facts(self.config, self.manifest)
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """Op → backend."""
+        return {row.op: row.backend for row in self.ops.report}
 
     @property
     def prefill_chunk(self) -> int:
@@ -77,6 +89,7 @@ class Examined:
             keys_at_once=self.ops.backend("attention_prefill") == "torch",
             available=free_memory(self.device),
             fraction=self.options.memory_fraction,
+            experts=expert_costs(self.experts, self.backends, self.prefill_chunk),
         )
 
 
@@ -98,7 +111,7 @@ def examine(checkpoint: Checkpoint, options: EngineConfig) -> Examined:
     manifest = resolve(checkpoint, config)
     device = pick_device(options)
     dtype, kv_dtype = pick_dtypes(options, device.type, checkpoint.quantization.kv_cache_fp8)
-    ops = select(device, dtype, options.ops)
+    ops = select(device, dtype, options.ops, expert_facts(config, manifest))
     if options.decode == "graph" and (blocked := obstacles(ops, device)):
         raise BackendError(f"decode is 'graph', and {'; '.join(map(str, blocked))}: use 'auto' or 'eager'")
     shape = CacheShape(0, options.page_size, kv_dtype, dtype)
@@ -138,7 +151,9 @@ def assemble(prepared: Prepared, fields: Fields) -> Engine:
     """
     p = prepared
     scales = tuple((fields[i, "k_scale"], fields[i, "v_scale"]) for i in p.config.layers("*"))
-    model = NemotronH.build(p.config, p.ops, p.shape.conv_dtype, fields)
+    dtype = p.shape.conv_dtype
+    fields = with_prepared(fields, p.experts, p.backends, p.prefill_chunk, dtype, p.device)
+    model = NemotronH.build(p.config, p.ops, dtype, fields)
     cache = Cache.allocate(p.config, p.shape, p.device, scales)
     buffers = DecodeBuffers.allocate(p.config.vocab_size, p.device)
     sampler = SamplerState.allocate(p.config.vocab_size, p.device)

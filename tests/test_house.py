@@ -20,7 +20,7 @@ FLOORS = (
     {"kernels"},
     {"cache", "cached", "files", "checkpoint", "safetensors_header"},
     {"models"},
-    {"weights", "sampler", "step", "graph", "plan", "progress"},
+    {"weights", "sampler", "step", "graph", "experts", "plan", "progress"},
     {"engine"},
     {"startup", "inspection"},
     {"arguments", "parsing"},
