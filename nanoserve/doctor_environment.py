@@ -44,9 +44,9 @@ def _driver(m: Machine) -> Iterator[Finding]:
     if m.gpu is None:
         yield Finding("driver", m.driver or "none", "absent")
         return
-    cuda = m.driver_cuda or (0, 0)
+    cuda: tuple[int, int] = m.driver_cuda or (0, 0)
     value = f"{m.driver or 'unknown'}, takes CUDA up to {cuda[0]}.{cuda[1]}"
-    need = (13, 0) if m.gpu.capability[0] == 12 else (12, 4)
+    need: tuple[int, int] = (13, 0) if m.gpu.capability[0] == 12 else (12, 4)
     if cuda >= need:
         yield Finding("driver", value, "ok")
     else:
@@ -136,7 +136,9 @@ def _cutlass(m: Machine) -> Iterator[Finding]:
     if not found:
         yield Finding("cutlass-dsl", "not installed", "absent", "b12x and W4A16 need it: see pyproject.toml")
         return
-    told = ", ".join(f"{name.removeprefix('nvidia-cutlass-dsl').lstrip('-') or 'dsl'} {v}" for name, v in found.items())
+    told = ", ".join(
+        f"{name.removeprefix('nvidia-cutlass-dsl').lstrip('-') or 'dsl'} {v}" for name, v in found.items()
+    )
     wanted = m.versions["nvidia-cutlass-dsl"] or "4.8.1"
     libraries = "nvidia-cutlass-dsl-libs-cu13"
     if len(set(found.values())) > 1:
@@ -154,6 +156,8 @@ def _flashinfer(m: Machine) -> Iterator[Finding]:
         yield Finding("flashinfer", "not installed", "absent", "pip install 'flashinfer-python>=0.7.2,<0.8'")
     elif m.flashinfer_fault:
         value = f"{version}, broken: {m.flashinfer_fault}"
-        yield Finding("flashinfer", value, "FAIL" if _is_sm12x(m) else "warn", "install what it names, or reinstall it")
+        yield Finding(
+            "flashinfer", value, "FAIL" if _is_sm12x(m) else "warn", "install what it names, or reinstall it"
+        )
     else:
         yield Finding("flashinfer", version, "ok")

@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from nanoserve.machine import driver_version
+
 PACKAGES = (
     "torch",
     "triton",
@@ -113,7 +115,7 @@ def look() -> Machine:
     target = f"sm_{major}{minor}a"
     return Machine(
         gpu=gpu,
-        driver=_driver(),
+        driver=driver_version(),
         driver_cuda=_driver_cuda(),
         toolkit=toolkit,
         torch_cuda=torch.version.cuda,
@@ -206,23 +208,13 @@ def _flashinfer_fault() -> str | None:
     return (done.stderr.strip().splitlines() or ["it ended without a word"])[-1] if done.returncode else None
 
 
-def _driver() -> str | None:
-    """The driver's version, as the kernel module or nvidia-smi tells it."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
-        text = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    match = re.search(r"\d+\.\d+(\.\d+)?", text)
-    return match[0] if match else None
-
-
 def _driver_cuda() -> tuple[int, int] | None:
     """The newest CUDA that the driver takes."""
     import torch
 
     if not torch.cuda.is_available():
         return None
-    number = int(torch._C._cuda_getDriverVersion())  # pyright: ignore[reportPrivateUsage]
+    number = int(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009  # only torch for CUDA has it
     return number // 1000, number % 1000 // 10
 
 

@@ -56,3 +56,11 @@ class KernelBar(Bar):
     def __call__(self, done: int, total: int, kernels: int) -> None:
         """Show the state, if it is time to."""
         self.show(done, total, f"{done} of {total} jobs, {kernels:,} kernels")
+
+
+class OpBar(Bar):
+    """Progress over ops. Call it with (done, in all, the next one)."""
+
+    def __call__(self, done: int, total: int, op: str) -> None:
+        """Show the state, if it is time to."""
+        self.show(done, total, f"{done} of {total} cases  {op}")

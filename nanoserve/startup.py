@@ -1,12 +1,14 @@
 """From options and a checkpoint to a running engine, in the order a user sees it."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from nanoserve.cache import Cache, CacheShape
+from nanoserve.calibrating import calibrated
 from nanoserve.checkpoint import Checkpoint
 from nanoserve.config import EngineConfig
 from nanoserve.engine import Engine
@@ -18,6 +20,7 @@ from nanoserve.kernels.sample import SamplerState
 from nanoserve.kernels.table import Ops, select
 from nanoserve.models.config import NemotronHConfig
 from nanoserve.models.nemotron_h import Fields, NemotronH
+from nanoserve.op_cases import Subject
 from nanoserve.plan import MemoryPlan, plan_memory
 from nanoserve.step import DecodeBuffers
 from nanoserve.weights import Manifest, Progress, load, resolve
@@ -118,17 +121,33 @@ def examine(checkpoint: Checkpoint, options: EngineConfig) -> Examined:
     return Examined(checkpoint, options, config, manifest, device, ops, shape)
 
 
-def prepare(checkpoint: Checkpoint, options: EngineConfig) -> Prepared:
-    """Check everything, and fit it into the device's memory.
+def _silent(line: str) -> None:
+    """Libraries do not print."""
+
+
+def prepare(checkpoint: Checkpoint, options: EngineConfig, say: Callable[[str], None] = _silent) -> Prepared:
+    """Check everything, choose the fastest backend where several are able, and fit it into the device's memory.
+
+    Args:
+        checkpoint: the model.
+        options: the engine's.
+        say: called with a line now and then, where something is measured.
 
     Raises:
         CheckpointError, UnsupportedModel, BackendError, ConfigError: as `examine`.
         MemoryPlanError: it does not fit.
     """
     e = examine(checkpoint, options)
+    if options.calibrate:
+        e = replace(e, ops=calibrated(subject_of(e), e.ops, options.ops, say)[0])
     memory = e.plan()
     shape = replace(e.shape, max_context=memory.max_context)
     return Prepared(e.checkpoint, e.options, e.config, e.manifest, e.device, e.ops, shape, memory)
+
+
+def subject_of(e: Examined) -> Subject:
+    """What ops are checked and timed for."""
+    return Subject.of(e.config, e.manifest, e.device, e.shape.conv_dtype, e.shape.kv_dtype)
 
 
 def load_engine(prepared: Prepared, progress: Progress) -> Engine:
@@ -193,8 +212,12 @@ def pick_dtypes(options: EngineConfig, device_type: str, kv_declared_fp8: bool) 
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on the device; on the CPU the least of what the machine and the control group leave."""
-    if device.type == "cuda":
+    """Bytes free on the device; on the CPU the least of what the machine and the control group leave.
+
+    A GPU that shares the CPU's memory (DGX Spark) is asked like the CPU: the driver does not count what the system
+    holds of files, tens of gigabytes once a checkpoint was read, which it gives up when it is asked for memory.
+    """
+    if device.type == "cuda" and not shares_memory(device):
         # What torch has freed and kept (an engine closed before this one, say) is as good as free.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -202,6 +225,11 @@ def free_memory(device: torch.device) -> int:
     free = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:"))
     limit, used, cached = _control_group(Path("/sys/fs/cgroup"))
     return free if limit is None else min(free, max(limit - used + cached, 0))
+
+
+def shares_memory(device: torch.device) -> bool:
+    """Whether a GPU has no memory of its own."""
+    return bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", False))
 
 
 def _control_group(group: Path) -> tuple[int | None, int, int]:
