@@ -22,16 +22,18 @@ import torch
 from torch import Tensor
 
 from nanoserve.errors import BackendError
+from nanoserve.kernels import flashinfer_experts, flashinfer_ops
 from nanoserve.kernels.chips import MULTIPROCESSORS, capability, shared_limit
 from nanoserve.kernels.cubin import Resources, resources
+from nanoserve.kernels.flashinfer_experts import prepare, run, share
+from nanoserve.kernels.linear import Nvfp4
+from nanoserve.kernels.moe import PREFILL_FROM
+from nanoserve.kernels.place import Experts
 from nanoserve.kernels.weight_launches import Shape
 
 KINDS = ("b12x", "b12x dynamic", "w4a16")
 """Decode backends of FlashInfer's: B12xMoEWrapper (W4A4), which chooses among its kernels by the number of tokens;
 the one that it takes for many (which ours do not reach), forced; and run_moe_w4a16."""
-
-DECODE_TOKENS = 63
-"""Most tokens of a decode step that the workspaces are made for: from 64 on the layer prefills."""
 
 _PACKAGE = "flashinfer.fused_moe.cute_dsl"
 _CONFIG = "array<3 x i32>, array<3 x i32>, i64, ptr, ptr, i32"
@@ -95,7 +97,8 @@ def key(kind: str, s: Shape, tokens: int, architecture: str) -> str:
     packages = ("flashinfer-python", "nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-cu13", "triton", "torch")
     versions = [(name, _version(name)) for name in packages]
     experts = (s.experts, s.top_k, s.latent or s.hidden, s.size)
-    own = Path(__file__).read_text(encoding="utf-8")
+    files = (Path(__file__), Path(flashinfer_experts.__file__))
+    own = [file.read_text(encoding="utf-8") for file in files]
     return hashlib.sha256(repr((kind, experts, tokens, architecture, versions, own)).encode()).hexdigest()
 
 
@@ -117,10 +120,10 @@ def compiled(kind: str, s: Shape, tokens: int, architecture: str) -> Program:
     """
     from nanoserve.kernels.aot import recorded
 
-    call = _w4a16 if kind == "w4a16" else _b12x
-    with recorded() as launches, _stopped(architecture, "dynamic" if kind == "b12x dynamic" else None):
+    name, _, forced = kind.partition(" ")
+    with recorded() as launches, _stopped(architecture, forced or None):
         try:
-            call(s, tokens)
+            _layer(name, s, tokens)
         except _Compiled as done:
             return _program(done, tuple(launches))
     raise BackendError(f"{kind}: FlashInfer compiled nothing for {tokens} tokens; its host code has changed")
@@ -157,61 +160,22 @@ def _dynamic_shared(ir: str) -> dict[str, int]:
     return found
 
 
-def _b12x(s: Shape, tokens: int) -> None:
-    wrapper_module, utils = import_module(f"{_PACKAGE}.b12x_moe"), import_module("flashinfer.cute_dsl.utils")
-    width = s.latent or s.hidden
-    wrapper = wrapper_module.B12xMoEWrapper(
-        s.experts,
-        s.top_k,
-        width,
-        s.size,
-        use_cuda_graph=True,
-        max_num_tokens=DECODE_TOKENS,
-        device="cpu",
-        activation="relu2",
-    )
-    x, ids, weights = _tokens(s, tokens)
-    up, up_scales, down, down_scales = _weights(s)
-    each, one = torch.ones(s.experts), torch.ones(1)
-    wrapper.run(
-        x,
-        up,
-        utils.convert_sf_to_mma_layout(up_scales, m=s.size, k=width, num_groups=s.experts),
-        down,
-        utils.convert_sf_to_mma_layout(down_scales, m=width, k=s.size, num_groups=s.experts),
-        ids,
-        weights,
-        w1_alpha=each,
-        w2_alpha=each,
-        fc2_input_scale=one,
-        input_global_scale=one,
-    )
+def _layer(name: str, s: Shape, tokens: int) -> None:
+    """A layer's experts as `nanoserve.kernels.flashinfer_experts` runs them, over memory that is never touched."""
+    library = {"b12x": flashinfer_ops.b12x, "w4a16": flashinfer_ops.w4a16}[name]()
+    width, cpu = s.latent or s.hidden, torch.device("cpu")
+    experts = Experts("nvfp4", True, "relu2", s.experts, s.top_k, width, s.size, layers=1)
+    shared = share({name: library}, experts, PREFILL_FROM, torch.bfloat16, cpu)
+    up, down = prepare(_stack(s.experts, s.size, width), _stack(s.experts, width, s.size), shared)
+    x = torch.empty(tokens, width, dtype=torch.bfloat16)
+    ids, weights = torch.zeros(tokens, s.top_k, dtype=torch.int32), torch.empty(tokens, s.top_k)
+    run(name, x, ids, weights, up, down)
 
 
-def _w4a16(s: Shape, tokens: int) -> None:
-    module = import_module(f"{_PACKAGE}.blackwell_sm12x.moe_nvfp4_w4a16")
-    x, ids, weights = _tokens(s, tokens)
-    up, up_scales, down, down_scales = _weights(s)
-    each = torch.ones(s.experts)
-    module.run_moe_w4a16(x, ids, weights, up, up_scales, each, down, down_scales, each, torch.empty_like(x))
-
-
-def _tokens(s: Shape, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """X bfloat16 [T, L], ids int32 [T, k], weights float32 [T, k]."""
-    x = torch.empty(tokens, s.latent or s.hidden, dtype=torch.bfloat16)
-    return x, torch.zeros(tokens, s.top_k, dtype=torch.int32), torch.empty(tokens, s.top_k)
-
-
-def _weights(s: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Packed up and down with their swizzled scales; memory that is reserved and never touched."""
-    width = s.latent or s.hidden
-
-    def stack(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        data = torch.empty(s.experts, rows, columns // 2, dtype=torch.uint8)
-        padded = -(-rows // 128) * 128, -(-columns // 64) * 4
-        return data, torch.empty(s.experts, *padded, dtype=torch.float8_e4m3fn)
-
-    return (*stack(s.size, width), *stack(width, s.size))
+def _stack(experts: int, rows: int, columns: int) -> Nvfp4:
+    data = torch.empty(experts, rows, columns // 2, dtype=torch.uint8)
+    scales = torch.empty(experts, rows, columns // 16, dtype=torch.float8_e4m3fn)
+    return Nvfp4(data, scales, torch.ones(experts), input_scale=torch.ones(experts))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -214,7 +215,7 @@ def _driver_cuda() -> tuple[int, int] | None:
 
     if not torch.cuda.is_available():
         return None
-    number = int(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009  # only torch for CUDA has it
+    number = int(import_module("torch._C")._cuda_getDriverVersion())  # which only torch for CUDA has
     return number // 1000, number % 1000 // 10
 
 

@@ -140,25 +140,38 @@ def test_another_key_is_another_result(bench: Bench, change: dict[str, Any]) -> 
     assert not bench.run(replace(KEY, **change)).kept
 
 
-Damage = Callable[[dict[str, Any]], object]
+Data = dict[str, Any]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: "{",
-        lambda data: "[]",
-        lambda data: "null",
-        lambda data: json.dumps({**data, "outcomes": data["outcomes"][:1]}),
-        lambda data: json.dumps({**data, "outcomes": [{"backend": "triton", "speed": 1}]}),
-        lambda data: json.dumps({**data, "outcomes": [{**row, "us": "fast"} for row in data["outcomes"]]}),
-        lambda data: json.dumps({**data, "key": {**data["key"], "driver": "another"}}),
-    ],
-)
-def test_a_damaged_file_is_told_and_measured_anew(bench: Bench, damage: Damage) -> None:
+def short(data: Data) -> Data:
+    return {**data, "outcomes": data["outcomes"][:1]}
+
+
+def strange(data: Data) -> Data:
+    return {**data, "outcomes": [{"backend": "triton", "speed": 1}]}
+
+
+def no_numbers(data: Data) -> Data:
+    return {**data, "outcomes": [{**row, "us": "fast"} for row in data["outcomes"]]}
+
+
+def of_another(data: Data) -> Data:
+    return {**data, "key": {**data["key"], "driver": "another"}}
+
+
+def a_list(data: Data) -> list[int]:
+    return []
+
+
+def nothing(data: Data) -> None:
+    return None
+
+
+@pytest.mark.parametrize("damage", [None, short, strange, no_numbers, of_another, a_list, nothing])
+def test_a_damaged_file_is_told_and_measured_anew(bench: Bench, damage: Callable[[Data], object] | None) -> None:
     bench.run()
     (path,) = bench.folder.iterdir()
-    path.write_text(str(damage(json.loads(path.read_text()))))
+    path.write_text("{" if damage is None else json.dumps(damage(json.loads(path.read_text()))))
     assert not bench.run().kept
     assert any("measuring anew" in line for line in bench.said)
     assert bench.run().kept, "the file was not mended"
