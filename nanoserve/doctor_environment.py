@@ -47,10 +47,14 @@ def _driver(m: Machine) -> Iterator[Finding]:
     cuda: tuple[int, int] = m.driver_cuda or (0, 0)
     value = f"{m.driver or 'unknown'}, takes CUDA up to {cuda[0]}.{cuda[1]}"
     need: tuple[int, int] = (13, 0) if m.gpu.capability[0] == 12 else (12, 4)
-    if cuda >= need:
+    if _at_least(cuda, need):
         yield Finding("driver", value, "ok")
     else:
         yield Finding("driver", value, "warn", f"update to one for CUDA {need[0]}.{need[1]} (580 or newer for 13)")
+
+
+def _at_least(found: tuple[int, int], need: tuple[int, int]) -> bool:
+    return found >= need
 
 
 def _toolkit(m: Machine) -> Iterator[Finding]:

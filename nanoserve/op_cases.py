@@ -266,7 +266,7 @@ def _stacks(s: Subject, backend: str) -> tuple[Weight, Weight]:
     down = s.weight(bits[1], c.experts, c.expert_width, c.expert_size)
     if facts and facts.input_scales:
         up, down = (_with_input_scale(stack) for stack in (up, down))
-    ops = dict.fromkeys(EXPERT_OPS, backend)
+    ops: dict[str, str] = dict.fromkeys(EXPERT_OPS, backend)
     fields = with_prepared({(0, "up"): up, (0, "down"): down}, facts, ops, PREFILL, s.dtype, s.device)
     return fields[0, "up"], fields[0, "down"]
 
