@@ -184,6 +184,10 @@ def _b12x(
             activation="relu2", quant_mode="nvfp4",
             shared_static_workspace=static, shared_dynamic_workspace=dynamic, shared_output=out,
         )  # fmt: skip
+        if wrapper.quant_mode != "nvfp4":  # it would keep a second copy of the weights
+            raise BackendError(
+                "b12x: FLASHINFER_B12X_FORCE_MOE_W4A16 is set, which asks it for another mode: unset it"
+            )
         first = library.layout(up.scales, m=e.size, k=e.width, num_groups=e.count)
         return OnB12x(wrapper, first, library.layout(down.scales, m=e.width, k=e.size, num_groups=e.count))
 
@@ -200,6 +204,16 @@ def prepare(up: Nvfp4, down: Nvfp4, shared: Shared) -> tuple[Nvfp4, Nvfp4]:
     own = {"b12x": shared.b12x(first, second)} if shared.b12x else {}
     first = replace(first, runners={**shared.runners, **own})
     return replace(up, prepared=first), replace(down, prepared=second)
+
+
+def warm(backend: str, up: Nvfp4, down: Nvfp4, top_k: int) -> None:
+    """Compile a backend for every number of tokens that it will be run with, which takes seconds each."""
+    width, device = 2 * up.data.shape[-1], up.data.device
+    for bucket in BUCKETS:
+        tokens = min(bucket, PREFILL_FROM - 1)
+        x = torch.zeros((tokens, width), dtype=torch.bfloat16, device=device)
+        ids = torch.arange(top_k, dtype=torch.int32, device=device).expand(tokens, -1).contiguous()
+        run(backend, x, ids, torch.ones(ids.shape, device=device), up, down)
 
 
 def _activations(weight: Nvfp4) -> Activations | None:

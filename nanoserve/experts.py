@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nanoserve.kernels import flashinfer_ops
-from nanoserve.kernels.flashinfer_experts import BUCKETS, prepare, share
+from nanoserve.kernels.flashinfer_experts import BUCKETS, prepare, share, warm
 from nanoserve.kernels.moe import PREFILL_FROM
 from nanoserve.kernels.nvfp4 import GROUP
 from nanoserve.kernels.place import Experts
@@ -139,7 +139,9 @@ def with_prepared(
         return fields
     shared = share({name: _LIBRARIES[name]() for name in chosen}, experts, chunk, dtype, device)
     grown = dict(fields)
-    for layer, field in fields:
-        if field == "up":
-            grown[layer, "up"], grown[layer, "down"] = prepare(fields[layer, "up"], fields[layer, "down"], shared)
+    layers = [layer for layer, field in fields if field == "up"]
+    for layer in layers:
+        grown[layer, "up"], grown[layer, "down"] = prepare(fields[layer, "up"], fields[layer, "down"], shared)
+    if backends["experts_few"] in chosen:  # a decode step's are warmed up where it is captured
+        warm(backends["experts_few"], grown[layers[0], "up"], grown[layers[0], "down"], experts.top_k)
     return grown

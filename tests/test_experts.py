@@ -2,18 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from flashinfer_arithmetic import real
+from torch import Tensor
 
 from nanoserve.cache import CacheShape
 from nanoserve.config import ShapeName
 from nanoserve.errors import MemoryPlanError
 from nanoserve.experts import NO_COSTS, expert_costs, expert_facts, with_prepared
+from nanoserve.kernels.flashinfer_experts import BUCKETS
 from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import Plain
 from nanoserve.kernels.moe import PREFILL_FROM
+from nanoserve.kernels.place import Experts
 from nanoserve.kernels.table import Ops, select
 from nanoserve.models.config import NemotronHConfig
 from nanoserve.models.layers import MoE, Span
@@ -25,6 +30,7 @@ CPU = torch.device("cpu")
 OWN = {"moe_add_norm": "triton", "experts_prefill": "triton", "experts_few": "triton"}
 DEFAULT = {**OWN, "experts_prefill": "cutlass"}
 GIB = 1 << 30
+SM12X = "flashinfer.fused_moe.cute_dsl.blackwell_sm12x"
 
 
 def plan(name: ShapeName, backends: Mapping[str, str], available: int, fraction: float = 0.95) -> MemoryPlan:
@@ -155,3 +161,36 @@ def span() -> Span:
     """Of which a mixture of experts reads nothing but whether it decodes."""
     nothing: Any = None
     return Span(torch.zeros(1), torch.zeros(1), nothing, nothing, False)
+
+
+def test_the_workspace_of_w4a16_is_flashinfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own count, over all buckets; multiprocessors change the grid and no buffer."""
+    allocate = real(f"{SM12X}.moe_nvfp4_w4a16", "allocate_workspace")
+
+    def card(device: object) -> SimpleNamespace:
+        return SimpleNamespace(multi_processor_count=188)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", card)
+    total = 0
+    for bucket in BUCKETS:
+        parts = allocate(bucket, 1024, 2688, 512, 22, False, torch.device("meta"))
+        total += sum(part.numel() * part.element_size() for part in parts)
+    experts = Experts("nvfp4", True, "relu2", 512, 22, 1024, 2688, 40)
+    counted = expert_costs(experts, {**OWN, "moe_add_norm": "w4a16"}, 2048).workspace
+    assert total <= counted < 1.1 * total
+
+
+def test_the_workspace_of_b12x_is_flashinfers() -> None:
+    allocate = real(f"{SM12X}.moe_dispatch", "allocate_sm120_moe_workspace")
+    rows = (PREFILL_FROM - 1) * 22
+    space = allocate(
+        state_E=512, weight_E=512, max_rows=rows, k=1024, n=2688, num_topk=22, device=CPU, quant_mode="nvfp4",
+        backend="static", activation="relu2",
+    )  # fmt: skip
+    tensors = {
+        part.untyped_storage().data_ptr(): part for part in vars(space).values() if isinstance(part, Tensor)
+    }
+    total = sum(part.untyped_storage().nbytes() for part in tensors.values())
+    experts = Experts("nvfp4", True, "relu2", 512, 22, 1024, 2688, 40)
+    counted = expert_costs(experts, {**OWN, "moe_add_norm": "b12x"}, 2048).workspace
+    assert total <= counted < 1.1 * total
