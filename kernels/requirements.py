@@ -91,6 +91,14 @@ ELECTIVE: Mapping[str, Requirement] = {"cutlass": _unbuilt, "w4a16": _float16, "
 """Why an able backend is not chosen automatically, or None where it is; others always are."""
 
 
+NUMERICS: Mapping[str, str] = {
+    "cutlass": "activations quantised to NVFP4",
+    "w4a16": "products in float16, sums in float32",
+    "b12x": "activations quantised to NVFP4, experts added in BF16",
+}
+"""What a backend computes otherwise than the reference, which quantises nothing and sums in float32."""
+
+
 def _sm12x_experts(place: Place, part: str) -> Reason | None:
     """What all of FlashInfer's experts ask for."""
     if place.device != "cuda" or place.chip is None:

@@ -12,7 +12,7 @@ from nanoserve.kernels import flashinfer_ops
 from nanoserve.kernels.flashinfer_ops import PARTS
 from nanoserve.kernels.place import Code, Experts, Package, Place, Reason
 from nanoserve.kernels.probe import place_of
-from nanoserve.kernels.requirements import ELECTIVE, FUSED_MOE, REQUIREMENTS
+from nanoserve.kernels.requirements import ELECTIVE, FUSED_MOE, NUMERICS, REQUIREMENTS
 from nanoserve.kernels.table import BACKENDS, Resolution, backends, describe, resolve
 
 SUPER = Experts("nvfp4", True, "relu2", 512, 22, 1024, 2688, 40)
@@ -126,7 +126,7 @@ def test_what_is_chosen_on_a_card() -> None:
         dict(chosen(replace(CARD, experts=replace(SUPER, count=128)))["moe_add_norm"].rejected)
     )
     text = "\n".join(describe(tuple(rows.values())))
-    assert "cutlass (the best that runs here): experts_prefill" in text
+    assert "cutlass (the best that runs here; activations quantised to NVFP4): experts_prefill" in text
     assert "not w4a16: reads hidden values as float16" in text
 
 
@@ -141,7 +141,8 @@ def test_what_would_be_built_for_hours_is_not_chosen_but_can_be() -> None:
 @pytest.mark.parametrize("backend", ["w4a16", "b12x", "triton", "torch"])
 def test_each_is_taken_by_name(op: str, backend: str) -> None:
     row = chosen(CARD, {op: backend})[op]
-    assert (row.backend, row.reason) == (backend, "chosen by name")
+    assert (row.backend, row.reason.split(";")[0]) == (backend, "chosen by name")
+    assert (";" in row.reason) == (backend in NUMERICS), "the report says which numerics run"
 
 
 @pytest.mark.parametrize(
