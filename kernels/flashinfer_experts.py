@@ -80,6 +80,7 @@ class OnW4a16:
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, up: Nvfp4, down: Nvfp4) -> Tensor:
         """As `nanoserve.kernels.moe.experts`."""
         first, second, tokens = prepared(up), prepared(down), len(x)
+        assert tokens <= BUCKETS[-1], f"w4a16 is for few tokens, and these are {tokens}"
         bucket = next(size for size in BUCKETS if size >= tokens)
         x, ids, weights = padded(x, ids, weights, bucket)
         out = torch.empty_like(x)
