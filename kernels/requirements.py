@@ -50,6 +50,11 @@ def w4a16(place: Place) -> Reason | None:
     return _multiple(place, width=32, size=32)
 
 
+def native(place: Place) -> Reason | None:
+    """FlashInfer's `mm_bf16_fp4` with its native backend."""
+    return _sm12x(place) or _flashinfer(place.package("flashinfer.native")) or _toolkit(place)
+
+
 def b12x(place: Place) -> Reason | None:
     """FlashInfer's `B12xMoEWrapper` with activations quantised to NVFP4."""
     if (reason := _sm12x_experts(place, "b12x")) or (reason := _input_scales(place)):
@@ -64,6 +69,7 @@ REQUIREMENTS: Mapping[str, Requirement] = {
     "cutlass": cutlass,
     "w4a16": w4a16,
     "b12x": b12x,
+    "native": native,
 }
 
 
@@ -80,6 +86,10 @@ def _float16(place: Place) -> Reason | None:
     return Reason(Code.BY_NAME, text)
 
 
+def _untimed(place: Place) -> Reason | None:
+    return Reason(Code.BY_NAME, "has not been timed against triton: by name, or by calibration")
+
+
 def _four_bits(place: Place) -> Reason | None:
     many = place.experts is not None and place.experts.count >= 512
     faults = "; faults are reported with 512 experts (flashinfer issue 5446)" if many else ""
@@ -87,7 +97,12 @@ def _four_bits(place: Place) -> Reason | None:
     return Reason(Code.BY_NAME, text)
 
 
-ELECTIVE: Mapping[str, Requirement] = {"cutlass": _unbuilt, "w4a16": _float16, "b12x": _four_bits}
+ELECTIVE: Mapping[str, Requirement] = {
+    "cutlass": _unbuilt,
+    "w4a16": _float16,
+    "b12x": _four_bits,
+    "native": _untimed,
+}
 """Why an able backend is not chosen automatically, or None where it is; others always are."""
 
 
@@ -101,14 +116,19 @@ NUMERICS: Mapping[str, str] = {
 
 def _sm12x_experts(place: Place, part: str) -> Reason | None:
     """What all of FlashInfer's experts ask for."""
+    return _sm12x(place) or _relu2_nvfp4(place.experts) or _flashinfer(place.package(f"flashinfer.{part}"))
+
+
+def _sm12x(place: Place) -> Reason | None:
     if place.device != "cuda" or place.chip is None:
         return Reason(Code.DEVICE, "needs an NVIDIA GPU")
     if place.chip not in SM12X:
         has = ".".join(map(str, place.chip))
         return Reason(Code.CHIP, f"needs compute capability 12.0 or 12.1, and this GPU has {has}")
-    if reason := _bfloat16(place) or _relu2_nvfp4(place.experts):
-        return reason
-    package = place.package(f"flashinfer.{part}")
+    return _bfloat16(place)
+
+
+def _flashinfer(package: Package) -> Reason | None:
     if reason := _lacks(package, "flashinfer-python", "with nvidia-cutlass-dsl and its cu13 libraries"):
         return reason
     if package.version < FLASHINFER:

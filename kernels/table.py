@@ -44,6 +44,7 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     },
     "linear_nvfp4": {
         "triton": "nanoserve.kernels.triton_linear:linear",
+        "native": "nanoserve.kernels.flashinfer_linear:linear",
         "torch": "nanoserve.kernels.linear:linear",
     },
     "head": {

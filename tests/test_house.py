@@ -20,7 +20,7 @@ FLOORS = (
     {"kernels"},
     {"cache", "files", "checkpoint", "safetensors_header"},
     {"models"},
-    {"weights", "sampler", "step", "graph", "experts", "plan", "progress"},
+    {"weights", "sampler", "step", "graph", "experts", "dense_scales", "plan", "progress"},
     {"engine"},
     {"startup", "inspection"},
     {"arguments", "parsing"},

@@ -20,7 +20,7 @@ NANO = Experts("nvfp4", True, "relu2", 128, 6, 2688, 1856, 23)
 LIGHTNING = replace(NANO, input_scales=False)
 GOOD = {"triton": Package((3, 6, 0)), **{f"flashinfer.{part}": Package((0, 7, 4)) for part in PARTS}}
 CARD = Place("cuda", (12, 0), torch.bfloat16, GOOD, (13, 0), True, frozenset([FUSED_MOE]), SUPER)
-FLASHINFER = tuple(PARTS)
+FLASHINFER = ("cutlass", "w4a16", "b12x")
 
 
 def with_part(part: str, package: Package) -> Mapping[str, Package]:
@@ -60,7 +60,7 @@ def test_what_all_of_them_refuse(backend: str, change: dict[str, object], code: 
     assert (reason.code, words in reason.text) == (code, True)
 
 
-@pytest.mark.parametrize("backend", FLASHINFER)
+@pytest.mark.parametrize("backend", PARTS)
 def test_broken_is_not_absent_and_old_is_neither(backend: str) -> None:
     cases = {
         Code.MISSING: Package(),
@@ -78,6 +78,12 @@ def test_broken_is_not_absent_and_old_is_neither(backend: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "change", "code"),
     [
+        ("native", {"experts": None}, None),
+        ("native", {"chip": (12, 1)}, None),
+        ("native", {"chip": (9, 0)}, Code.CHIP),
+        ("native", {"dtype": torch.float32}, Code.DTYPE),
+        ("native", {"toolkit": (12, 8)}, Code.TOOLKIT),
+        ("native", {"packages": {}}, Code.MISSING),
         ("b12x", {"experts": NANO}, Code.SHAPE),
         ("b12x", {"experts": LIGHTNING}, Code.QUANTISATION),
         ("cutlass", {"experts": LIGHTNING}, Code.QUANTISATION),
@@ -118,6 +124,7 @@ def test_triton_needs_a_chip_that_its_kernels_were_made_for(change: dict[str, ob
 def test_what_is_chosen_on_a_card() -> None:
     rows = chosen(CARD)
     assert rows["experts_prefill"].backend == "cutlass"
+    assert rows["linear_nvfp4"].backend == "triton"
     assert rows["moe_add_norm"].backend == rows["experts_few"].backend == "triton"
     others = dict(rows["moe_add_norm"].rejected)
     assert {name: reason.code for name, reason in others.items()} == dict.fromkeys(("w4a16", "b12x"), Code.BY_NAME)
