@@ -42,7 +42,8 @@ class OnCutlass:
         """As `nanoserve.kernels.moe.experts`."""
         (first, read), (second, hidden) = _quantised(up), _quantised(down)
         size = 2 * down.data.shape[-1]
-        # It asks for rows of scales padded to 64 and reads them as padded to 128 (flashinfer issue 4653).
+        # It asks for rows of scales padded to 64 and reads those padded to 128 (flashinfer issue 4653). Once that
+        # is put right it will refuse this; requirements.py keeps other releases from such sizes.
         rows = -(-size // 64) * 64
         out = torch.empty_like(x)
         self.library.moe(

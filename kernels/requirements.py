@@ -40,7 +40,7 @@ def cutlass(place: Place) -> Reason | None:
             return Reason(Code.TOOLKIT, f"needs nvcc to build {FUSED_MOE}, and there is none")
         if place.toolkit < NVCC:
             return Reason(Code.TOOLKIT, f"needs CUDA {_dots(NVCC)} to build, and nvcc is {_dots(place.toolkit)}")
-    return _multiple(place, width=64, size=64)
+    return _multiple(place, width=64, size=64) or _scale_rows(place)
 
 
 def w4a16(place: Place) -> Reason | None:
@@ -175,6 +175,15 @@ def _toolkit(place: Place) -> Reason | None:
         return None
     has = f"this is {_dots(place.toolkit)}" if place.toolkit else "there is none"
     return Reason(Code.TOOLKIT, f"needs CUDA {_dots(TOOLKIT)} or later (nvcc, or else torch's), and {has}")
+
+
+def _scale_rows(place: Place) -> Reason | None:
+    """Rows of scales that are not padded to 128 are shown as one release wants them (`OnCutlass`)."""
+    version = place.package("flashinfer.cutlass").version
+    if place.experts is None or not place.experts.size % 128 or version == FLASHINFER:
+        return None
+    text = f"takes experts of size {place.experts.size} as flashinfer-python {_dots(FLASHINFER)} checks them"
+    return Reason(Code.VERSION, f"{text}, and this is {_dots(version)} (flashinfer issue 4653)")
 
 
 def _multiple(place: Place, *, width: int, size: int) -> Reason | None:

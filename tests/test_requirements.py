@@ -88,6 +88,8 @@ def test_broken_is_not_absent_and_old_is_neither(backend: str) -> None:
         ("b12x", {"experts": LIGHTNING}, Code.QUANTISATION),
         ("cutlass", {"experts": LIGHTNING}, Code.QUANTISATION),
         ("cutlass", {"experts": NANO}, None),
+        ("cutlass", {"experts": NANO, "packages": with_part("cutlass", Package((0, 7, 5)))}, Code.VERSION),
+        ("cutlass", {"packages": with_part("cutlass", Package((0, 7, 5)))}, None),
         ("w4a16", {"experts": NANO}, None),
         ("w4a16", {"experts": LIGHTNING}, None),
         ("b12x", {"toolkit": (12, 9)}, Code.TOOLKIT),
