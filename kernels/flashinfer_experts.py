@@ -42,7 +42,8 @@ class OnCutlass:
         """As `nanoserve.kernels.moe.experts`."""
         (first, read), (second, hidden) = _quantised(up), _quantised(down)
         size = 2 * down.data.shape[-1]
-        # It asks for rows of scales padded to 64 and reads them as padded to 128 (flashinfer issue 4653).
+        # It asks for rows of scales padded to 64 and reads those padded to 128 (flashinfer issue 4653). Once that
+        # is put right it will refuse this; requirements.py keeps other releases from such sizes.
         rows = -(-size // 64) * 64
         out = torch.empty_like(x)
         self.library.moe(
@@ -80,6 +81,7 @@ class OnW4a16:
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, up: Nvfp4, down: Nvfp4) -> Tensor:
         """As `nanoserve.kernels.moe.experts`."""
         first, second, tokens = prepared(up), prepared(down), len(x)
+        assert tokens <= BUCKETS[-1], f"w4a16 is for few tokens, and these are {tokens}"
         bucket = next(size for size in BUCKETS if size >= tokens)
         x, ids, weights = padded(x, ids, weights, bucket)
         out = torch.empty_like(x)
@@ -184,6 +186,10 @@ def _b12x(
             activation="relu2", quant_mode="nvfp4",
             shared_static_workspace=static, shared_dynamic_workspace=dynamic, shared_output=out,
         )  # fmt: skip
+        if wrapper.quant_mode != "nvfp4":  # it would keep a second copy of the weights
+            raise BackendError(
+                "b12x: FLASHINFER_B12X_FORCE_MOE_W4A16 is set, which asks it for another mode: unset it"
+            )
         first = library.layout(up.scales, m=e.size, k=e.width, num_groups=e.count)
         return OnB12x(wrapper, first, library.layout(down.scales, m=e.width, k=e.size, num_groups=e.count))
 
@@ -200,6 +206,16 @@ def prepare(up: Nvfp4, down: Nvfp4, shared: Shared) -> tuple[Nvfp4, Nvfp4]:
     own = {"b12x": shared.b12x(first, second)} if shared.b12x else {}
     first = replace(first, runners={**shared.runners, **own})
     return replace(up, prepared=first), replace(down, prepared=second)
+
+
+def warm(backend: str, up: Nvfp4, down: Nvfp4, top_k: int) -> None:
+    """Compile a backend for every number of tokens that it will be run with, which takes seconds each."""
+    width, device = 2 * up.data.shape[-1], up.data.device
+    for bucket in BUCKETS:
+        tokens = min(bucket, PREFILL_FROM - 1)
+        x = torch.zeros((tokens, width), dtype=torch.bfloat16, device=device)
+        ids = torch.arange(top_k, dtype=torch.int32, device=device).expand(tokens, -1).contiguous()
+        run(backend, x, ids, torch.ones(ids.shape, device=device), up, down)
 
 
 def _activations(weight: Nvfp4) -> Activations | None:

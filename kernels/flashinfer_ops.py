@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoserve.kernels.place import Package
-from nanoserve.kernels.prepared import B12x, Cutlass, W4a16
+from nanoserve.kernels.prepared import B12x, Cutlass, Runner, W4a16
 from nanoserve.kernels.requirements import FUSED_MOE
 
 _SM12X = "flashinfer.fused_moe.cute_dsl.blackwell_sm12x"
@@ -18,6 +18,7 @@ PARTS = {
     "cutlass": ("flashinfer.fused_moe.core",),
     "w4a16": (f"{_SM12X}.moe_nvfp4_w4a16",),
     "b12x": ("flashinfer.fused_moe.cute_dsl.b12x_moe", f"{_SM12X}.moe_dispatch", "flashinfer.cute_dsl.utils"),
+    "native": ("flashinfer.gemm.gemm_bf16_fp4", "flashinfer.gemm.kernels.native_bf16_fp4.runner"),
 }
 
 
@@ -49,6 +50,11 @@ def b12x() -> B12x:
         dispatch.allocate_sm120_moe_workspace,
         dispatch.select_sm120_moe_backend,
     )
+
+
+def native() -> Runner:
+    """Load `mm_bf16_fp4`."""
+    return _load(PARTS["native"][0]).mm_bf16_fp4
 
 
 def packages() -> dict[str, Package]:

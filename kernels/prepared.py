@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 Runner = Callable[..., Tensor]
-"""As `nanoserve.kernels.moe.experts`: (x, ids, weights, up, down) → [T, L]."""
+"""As `nanoserve.kernels.moe.experts`, (x, ids, weights, up, down) → [T, L]; of a single matrix, a product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,14 @@ class Activations:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A stack of experts as the kernels want it.
+    """A stack of experts, or one matrix, as the kernels want it.
 
     Attributes:
         scales: the block scales as `nanoserve.kernels.swizzle` orders them, as normalised as the checkpoint has
             them: float8_e4m3fn [E, N to 128, K/16 to 4].
         activations: None where the checkpoint does not say how to quantise them.
-        runners: backend → the routed experts of this layer on it; at the first of a layer's two weights.
+        runners: backend → the routed experts of this layer on it, at the first of a layer's two weights; or what
+            multiplies by the matrix.
     """
 
     scales: Tensor

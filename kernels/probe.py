@@ -11,7 +11,7 @@ from nanoserve.kernels.place import SM12X, Experts, Package, Place
 def place_of(device: torch.device, dtype: torch.dtype, experts: Experts | None = None) -> Place:
     """This machine as backends see it.
 
-    FlashInfer is imported, to see whether it can be, only on chips that could use it and for a model with experts.
+    FlashInfer is imported, to see whether it can be, only on chips that could use it.
 
     Args:
         device: where the model runs.
@@ -22,7 +22,7 @@ def place_of(device: torch.device, dtype: torch.dtype, experts: Experts | None =
         return Place("cpu", None, dtype, experts=experts)
     chip = torch.cuda.get_device_capability(device)
     packages = {"triton": Package(flashinfer_ops.package_version("triton")) if find_spec("triton") else Package()}
-    if experts is None or chip not in SM12X:
+    if chip not in SM12X:
         return Place("cuda", chip, dtype, packages, experts=experts)
     toolkit, compiler = flashinfer_ops.toolkit()
     packages |= flashinfer_ops.packages()

@@ -40,7 +40,7 @@ def cutlass(place: Place) -> Reason | None:
             return Reason(Code.TOOLKIT, f"needs nvcc to build {FUSED_MOE}, and there is none")
         if place.toolkit < NVCC:
             return Reason(Code.TOOLKIT, f"needs CUDA {_dots(NVCC)} to build, and nvcc is {_dots(place.toolkit)}")
-    return _multiple(place, width=64, size=64)
+    return _multiple(place, width=64, size=64) or _scale_rows(place)
 
 
 def w4a16(place: Place) -> Reason | None:
@@ -48,6 +48,11 @@ def w4a16(place: Place) -> Reason | None:
     if (reason := _sm12x_experts(place, "w4a16")) or (reason := _toolkit(place)):
         return reason
     return _multiple(place, width=32, size=32)
+
+
+def native(place: Place) -> Reason | None:
+    """FlashInfer's `mm_bf16_fp4` with its native backend."""
+    return _sm12x(place) or _flashinfer(place.package("flashinfer.native")) or _toolkit(place)
 
 
 def b12x(place: Place) -> Reason | None:
@@ -64,6 +69,7 @@ REQUIREMENTS: Mapping[str, Requirement] = {
     "cutlass": cutlass,
     "w4a16": w4a16,
     "b12x": b12x,
+    "native": native,
 }
 
 
@@ -80,6 +86,10 @@ def _float16(place: Place) -> Reason | None:
     return Reason(Code.BY_NAME, text)
 
 
+def _untimed(place: Place) -> Reason | None:
+    return Reason(Code.BY_NAME, "has not been timed against triton: by name, or by calibration")
+
+
 def _four_bits(place: Place) -> Reason | None:
     many = place.experts is not None and place.experts.count >= 512
     faults = "; faults are reported with 512 experts (flashinfer issue 5446)" if many else ""
@@ -87,20 +97,38 @@ def _four_bits(place: Place) -> Reason | None:
     return Reason(Code.BY_NAME, text)
 
 
-ELECTIVE: Mapping[str, Requirement] = {"cutlass": _unbuilt, "w4a16": _float16, "b12x": _four_bits}
+ELECTIVE: Mapping[str, Requirement] = {
+    "cutlass": _unbuilt,
+    "w4a16": _float16,
+    "b12x": _four_bits,
+    "native": _untimed,
+}
 """Why an able backend is not chosen automatically, or None where it is; others always are."""
+
+
+NUMERICS: Mapping[str, str] = {
+    "cutlass": "activations quantised to NVFP4",
+    "w4a16": "products in float16, sums in float32",
+    "b12x": "activations quantised to NVFP4, experts added in BF16",
+}
+"""What a backend computes otherwise than the reference, which quantises nothing and sums in float32."""
 
 
 def _sm12x_experts(place: Place, part: str) -> Reason | None:
     """What all of FlashInfer's experts ask for."""
+    return _sm12x(place) or _relu2_nvfp4(place.experts) or _flashinfer(place.package(f"flashinfer.{part}"))
+
+
+def _sm12x(place: Place) -> Reason | None:
     if place.device != "cuda" or place.chip is None:
         return Reason(Code.DEVICE, "needs an NVIDIA GPU")
     if place.chip not in SM12X:
         has = ".".join(map(str, place.chip))
         return Reason(Code.CHIP, f"needs compute capability 12.0 or 12.1, and this GPU has {has}")
-    if reason := _bfloat16(place) or _relu2_nvfp4(place.experts):
-        return reason
-    package = place.package(f"flashinfer.{part}")
+    return _bfloat16(place)
+
+
+def _flashinfer(package: Package) -> Reason | None:
     if reason := _lacks(package, "flashinfer-python", "with nvidia-cutlass-dsl and its cu13 libraries"):
         return reason
     if package.version < FLASHINFER:
@@ -147,6 +175,15 @@ def _toolkit(place: Place) -> Reason | None:
         return None
     has = f"this is {_dots(place.toolkit)}" if place.toolkit else "there is none"
     return Reason(Code.TOOLKIT, f"needs CUDA {_dots(TOOLKIT)} or later (nvcc, or else torch's), and {has}")
+
+
+def _scale_rows(place: Place) -> Reason | None:
+    """Rows of scales that are not padded to 128 are shown as one release wants them (`OnCutlass`)."""
+    version = place.package("flashinfer.cutlass").version
+    if place.experts is None or not place.experts.size % 128 or version == FLASHINFER:
+        return None
+    text = f"takes experts of size {place.experts.size} as flashinfer-python {_dots(FLASHINFER)} checks them"
+    return Reason(Code.VERSION, f"{text}, and this is {_dots(version)} (flashinfer issue 4653)")
 
 
 def _multiple(place: Place, *, width: int, size: int) -> Reason | None:

@@ -20,7 +20,7 @@ from nanoserve.kernels.mamba import MambaState, MambaWeights
 from nanoserve.kernels.place import Experts as ExpertFacts
 from nanoserve.kernels.place import Place, Reason
 from nanoserve.kernels.probe import place_of
-from nanoserve.kernels.requirements import ELECTIVE, REQUIREMENTS
+from nanoserve.kernels.requirements import ELECTIVE, NUMERICS, REQUIREMENTS
 from nanoserve.kernels.sample import SamplerState
 from nanoserve.kernels.ssm import SsmWeights
 
@@ -44,6 +44,7 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     },
     "linear_nvfp4": {
         "triton": "nanoserve.kernels.triton_linear:linear",
+        "native": "nanoserve.kernels.flashinfer_linear:linear",
         "torch": "nanoserve.kernels.linear:linear",
     },
     "head": {
@@ -243,12 +244,16 @@ def _resolve(op: str, place: Place, choice: str | None) -> Resolution:
     if choice is None:
         reasons |= {name: reason for name in able if name in ELECTIVE and (reason := ELECTIVE[name](place))}
         best = next(name for name in able if name not in reasons)  # torch is always there
-        return Resolution(op, best, "the best that runs here", tuple(reasons.items()))
+        return Resolution(op, best, _told("the best that runs here", best), tuple(reasons.items()))
     if choice not in BACKENDS[op]:
         raise BackendError(f"op {op} has no backend {choice!r}; it has {', '.join(BACKENDS[op])}")
     if choice not in able:
         raise BackendError(f"op {op}: {choice} cannot run: {reasons[choice]}; able: {', '.join(able)}")
-    return Resolution(op, choice, "chosen by name", tuple(reasons.items()))
+    return Resolution(op, choice, _told("chosen by name", choice), tuple(reasons.items()))
+
+
+def _told(reason: str, backend: str) -> str:
+    return f"{reason}; {NUMERICS[backend]}" if backend in NUMERICS else reason
 
 
 def backends(

@@ -1,13 +1,13 @@
 """A model's routed experts between the memory plan and the kernels: what they are, what backends of them take."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nanoserve.kernels import flashinfer_ops
-from nanoserve.kernels.flashinfer_experts import BUCKETS, prepare, share
+from nanoserve.kernels.flashinfer_experts import BUCKETS, prepare, share, warm
 from nanoserve.kernels.moe import PREFILL_FROM
 from nanoserve.kernels.nvfp4 import GROUP
 from nanoserve.kernels.place import Experts
@@ -18,11 +18,12 @@ from nanoserve.models.nemotron_h import Fields
 from nanoserve.weights import Manifest
 
 EXPERT_OPS = ("moe_add_norm", "experts_prefill", "experts_few")
-_LIBRARIES: Mapping[str, Any] = {
+LIBRARIES: Mapping[str, Callable[[], Any]] = {
     "cutlass": flashinfer_ops.cutlass,
     "w4a16": flashinfer_ops.w4a16,
     "b12x": flashinfer_ops.b12x,
 }
+"""Backend → what loads FlashInfer's entry points for it."""
 _OWN_SPACE = 64 << 20
 """Of CUTLASS beside what grows with tokens: pointers and schedules of every expert, its products' own."""
 
@@ -70,7 +71,7 @@ def expert_costs(experts: Experts | None, backends: Mapping[str, str], chunk: in
         backends: op → backend.
         chunk: the most tokens of a prefill step.
     """
-    chosen = {backends[op] for op in EXPERT_OPS} & _LIBRARIES.keys()
+    chosen = {backends[op] for op in EXPERT_OPS} & LIBRARIES.keys()
     if experts is None or not chosen:
         return NO_COSTS
     matrices = ((experts.size, experts.width), (experts.width, experts.size))
@@ -123,6 +124,7 @@ def with_prepared(
     chunk: int,
     dtype: torch.dtype,
     device: torch.device,
+    libraries: Mapping[str, Callable[[], Any]] = LIBRARIES,
 ) -> Fields:
     """The model's weights, with what the chosen backends want beside its experts.
 
@@ -133,13 +135,16 @@ def with_prepared(
         chunk: the most tokens of a prefill step.
         dtype: the activations'.
         device: where the weights are.
+        libraries: stand-ins for `LIBRARIES`.
     """
-    chosen = sorted({backends[op] for op in EXPERT_OPS} & _LIBRARIES.keys())
+    chosen = sorted({backends[op] for op in EXPERT_OPS} & LIBRARIES.keys())
     if experts is None or not chosen:
         return fields
-    shared = share({name: _LIBRARIES[name]() for name in chosen}, experts, chunk, dtype, device)
+    shared = share({name: libraries[name]() for name in chosen}, experts, chunk, dtype, device)
     grown = dict(fields)
-    for layer, field in fields:
-        if field == "up":
-            grown[layer, "up"], grown[layer, "down"] = prepare(fields[layer, "up"], fields[layer, "down"], shared)
+    layers = [layer for layer, field in fields if field == "up"]
+    for layer in layers:
+        grown[layer, "up"], grown[layer, "down"] = prepare(fields[layer, "up"], fields[layer, "down"], shared)
+    if backends["experts_few"] in chosen:  # a decode step's are warmed up where it is captured
+        warm(backends["experts_few"], grown[layers[0], "up"], grown[layers[0], "down"], experts.top_k)
     return grown

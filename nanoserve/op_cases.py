@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanoserve.dense_scales import prepare_linear
 from nanoserve.experts import EXPERT_OPS, expert_facts, with_prepared
+from nanoserve.kernels import flashinfer_ops
 from nanoserve.kernels.fused import MoeWeights, tickets
 from nanoserve.kernels.linear import Nvfp4, Weight
 from nanoserve.kernels.place import Experts
@@ -159,8 +161,12 @@ def _linears(s: Subject) -> Iterator[OpCase]:
 def _linear(
     s: Subject, op: str, bits: int, shape: tuple[int, ...], tokens: int, tolerance: float = 4e-3
 ) -> OpCase:
-    def make(_: str) -> Arguments:
-        return s.tokens(tokens, shape[1]), s.weight(bits, *shape)
+    def make(backend: str) -> Arguments:
+        weight = s.weight(bits, *shape)
+        if backend == "native":
+            assert isinstance(weight, Nvfp4), "a backend of NVFP4 alone"
+            weight = prepare_linear(weight, flashinfer_ops.native())
+        return s.tokens(tokens, shape[1]), weight
 
     return OpCase(op, f"{shape[0]} × {shape[1]}, {bits} bits", tokens, make, tolerance)
 

@@ -78,6 +78,7 @@ def plan_memory(
     available: int,
     fraction: float,
     experts: ExpertCosts = NO_COSTS,
+    dense_scales: int = 0,
 ) -> MemoryPlan:
     """Fit weights, cache and workspace into what the device has free.
 
@@ -91,6 +92,7 @@ def plan_memory(
         available: bytes free on the device.
         fraction: share of them to use.
         experts: what the experts' backends take beside the weights.
+        dense_scales: block scales that other matrices' backends keep once more.
 
     Raises:
         MemoryPlanError: not even one page fits, or less than ``wanted_context``; names the amounts.
@@ -100,7 +102,8 @@ def plan_memory(
     fixed_work, work_per_token = _workspace(config, prefill_chunk, keys_at_once)
     fixed_work += experts.workspace
     budget = int(available * fraction)
-    kept = sum(weights.values()) + experts.scales
+    again = experts.scales + dense_scales
+    kept = sum(weights.values()) + again
     room = budget - kept - state - fixed_work
     cost = per_token + work_per_token
     most_pages = -(-config.max_position_embeddings // shape.page_size)
@@ -111,7 +114,7 @@ def plan_memory(
         _refuse(config, kept, experts.scales, budget, wanted_context, largest, state + fixed_work)
     work = fixed_work + work_per_token * context
     kv = replace(shape, max_context=context).pages * shape.page_size * per_token
-    return MemoryPlan(weights, experts.scales, per_token, kv, state, work, available, budget, context, largest)
+    return MemoryPlan(weights, again, per_token, kv, state, work, available, budget, context, largest)
 
 
 def _refuse(

@@ -11,6 +11,7 @@ from nanoserve.cache import Cache, CacheShape
 from nanoserve.calibrating import calibrated
 from nanoserve.checkpoint import Checkpoint
 from nanoserve.config import EngineConfig
+from nanoserve.dense_scales import dense_scales, with_dense
 from nanoserve.engine import Engine
 from nanoserve.errors import BackendError, ConfigError
 from nanoserve.experts import expert_costs, expert_facts, with_prepared
@@ -93,6 +94,7 @@ class Examined:
             available=free_memory(self.device),
             fraction=self.options.memory_fraction,
             experts=expert_costs(self.experts, self.backends, self.prefill_chunk),
+            dense_scales=dense_scales(self.manifest, self.backends),
         )
 
 
@@ -172,6 +174,7 @@ def assemble(prepared: Prepared, fields: Fields) -> Engine:
     scales = tuple((fields[i, "k_scale"], fields[i, "v_scale"]) for i in p.config.layers("*"))
     dtype = p.shape.conv_dtype
     fields = with_prepared(fields, p.experts, p.backends, p.prefill_chunk, dtype, p.device)
+    fields = with_dense(fields, p.manifest, p.backends)
     model = NemotronH.build(p.config, p.ops, dtype, fields)
     cache = Cache.allocate(p.config, p.shape, p.device, scales)
     buffers = DecodeBuffers.allocate(p.config.vocab_size, p.device)

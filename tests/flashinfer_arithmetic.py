@@ -144,6 +144,7 @@ def b12x(record: Recorder) -> B12x:
     class Wrapper:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.own = record.bind(wrapper, args, kwargs)
+            self.quant_mode = self.own["quant_mode"]
 
         def run(self, *args: Any, **kwargs: Any) -> Tensor:
             a = record.bind(wrapper.run, (self, *args), kwargs)  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,30 +1,42 @@
 """Which experts a step takes, and what their backends cost in memory on the cards that there are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from flashinfer_arithmetic import Recorder, cutlass, real, w4a16
+from torch import Tensor
 
-from nanoserve.cache import CacheShape
-from nanoserve.config import ShapeName
+from nanoserve.cache import Cache, CacheShape
+from nanoserve.checkpoint import open_checkpoint
+from nanoserve.config import EngineConfig, ShapeName
 from nanoserve.errors import MemoryPlanError
 from nanoserve.experts import NO_COSTS, expert_costs, expert_facts, with_prepared
+from nanoserve.kernels import flashinfer_experts, moe
+from nanoserve.kernels.flashinfer_experts import BUCKETS, TOLERANCES
 from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import Plain
 from nanoserve.kernels.moe import PREFILL_FROM
+from nanoserve.kernels.place import Experts
 from nanoserve.kernels.table import Ops, select
 from nanoserve.models.config import NemotronHConfig
 from nanoserve.models.layers import MoE, Span
+from nanoserve.models.nemotron_h import NemotronH
 from nanoserve.plan import MemoryPlan, plan_memory
 from nanoserve.shapes import shape_checkpoint
-from nanoserve.weights import resolve
+from nanoserve.startup import prepare
+from nanoserve.step import prefill
+from nanoserve.weights import load, resolve
 
 CPU = torch.device("cpu")
 OWN = {"moe_add_norm": "triton", "experts_prefill": "triton", "experts_few": "triton"}
 DEFAULT = {**OWN, "experts_prefill": "cutlass"}
 GIB = 1 << 30
+SM12X = "flashinfer.fused_moe.cute_dsl.blackwell_sm12x"
 
 
 def plan(name: ShapeName, backends: Mapping[str, str], available: int, fraction: float = 0.95) -> MemoryPlan:
@@ -155,3 +167,91 @@ def span() -> Span:
     """Of which a mixture of experts reads nothing but whether it decodes."""
     nothing: Any = None
     return Span(torch.zeros(1), torch.zeros(1), nothing, nothing, False)
+
+
+def test_the_workspace_of_w4a16_is_flashinfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own count, over all buckets; multiprocessors change the grid and no buffer."""
+    allocate = real(f"{SM12X}.moe_nvfp4_w4a16", "allocate_workspace")
+
+    def card(device: object) -> SimpleNamespace:
+        return SimpleNamespace(multi_processor_count=188)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", card)
+    total = 0
+    for bucket in BUCKETS:
+        parts = allocate(bucket, 1024, 2688, 512, 22, False, torch.device("meta"))
+        total += sum(part.numel() * part.element_size() for part in parts)
+    experts = Experts("nvfp4", True, "relu2", 512, 22, 1024, 2688, 40)
+    counted = expert_costs(experts, {**OWN, "moe_add_norm": "w4a16"}, 2048).workspace
+    assert total <= counted < 1.1 * total
+
+
+def test_the_workspace_of_b12x_is_flashinfers() -> None:
+    allocate = real(f"{SM12X}.moe_dispatch", "allocate_sm120_moe_workspace")
+    rows = (PREFILL_FROM - 1) * 22
+    space = allocate(
+        state_E=512, weight_E=512, max_rows=rows, k=1024, n=2688, num_topk=22, device=CPU, quant_mode="nvfp4",
+        backend="static", activation="relu2",
+    )  # fmt: skip
+    tensors = {
+        part.untyped_storage().data_ptr(): part for part in vars(space).values() if isinstance(part, Tensor)
+    }
+    total = sum(part.untyped_storage().nbytes() for part in tensors.values())
+    experts = Experts("nvfp4", True, "relu2", 512, 22, 1024, 2688, 40)
+    counted = expert_costs(experts, {**OWN, "moe_add_norm": "b12x"}, 2048).workspace
+    assert total <= counted < 1.1 * total
+
+
+@pytest.mark.parametrize(
+    ("recipe", "backends"), [("super", ("cutlass", "w4a16")), ("lightning", ("triton", "w4a16"))]
+)
+def test_a_checkpoint_runs_on_them_from_end_to_end(
+    recipe: str, backends: tuple[str, str], make_checkpoint: Callable[..., Path]
+) -> None:
+    """Loaded, prepared and run over 70 tokens and then 3, on their documented arithmetic."""
+    checkpoint = open_checkpoint(make_checkpoint(recipe=recipe))
+    prepared = prepare(checkpoint, EngineConfig(device="cpu", dtype="bfloat16", max_context=128))
+    manifest, facts = prepared.manifest, prepared.experts
+    assert facts
+    assert facts.input_scales == (recipe == "super")
+    fields = load(checkpoint, manifest, CPU, lambda done, total: None)
+    for place, weight in fields.items():
+        if facts.input_scales and place[1] in ("up", "down"):
+            assert weight.input_scale.tolist() == pytest.approx([0.002] * facts.count)
+            fields[place] = replace(weight, input_scale=weight.input_scale * 16)  # as large as the noise needs
+    chosen = dict(zip(("experts_prefill", "experts_few"), backends, strict=True))
+    record = Recorder()
+    grown = with_prepared(
+        fields, facts, {**OWN, **chosen}, 128, torch.bfloat16, CPU,
+        {"cutlass": lambda: cutlass(record), "w4a16": lambda: w4a16(record)},
+    )  # fmt: skip
+    up = grown[prepared.config.pattern.index("E"), "up"]
+    assert (up.prepared.activations is not None) == facts.input_scales
+    errors: dict[str, list[float]] = {name: [] for name in chosen.values()}
+
+    def beside(name: str) -> Callable[..., Tensor]:
+        """The reference, which the model goes on with, and a backend over the same values."""
+
+        def call(x: Tensor, *rest: Any) -> Tensor:
+            want = moe.experts(x, *rest)
+            error = flashinfer_experts.run(name, x, *rest).float() - want.float()
+            errors[name].append(float(error.square().mean().sqrt() / want.float().square().mean().sqrt()))
+            return want
+
+        return call
+
+    ops = replace(prepared.ops, **{op: beside(name) for op, name in chosen.items() if name != "triton"})
+    model = NemotronH.build(prepared.config, ops, torch.bfloat16, grown)
+    scales = ((1.0, 1.0),) * len(prepared.config.layers("*"))
+    cache = Cache.allocate(prepared.config, prepared.shape, CPU, scales)
+    with cache.sequence(128) as sequence:
+        prefill(model, cache, sequence, torch.arange(70) + 5)
+        prefill(model, cache, sequence, torch.tensor([7, 8, 9]))
+    layers = prepared.config.pattern.count("E")
+    assert {name: len(each) for name, each in errors.items()} == {
+        name: 0 if name == "triton" else layers for name in errors
+    }
+    assert all(
+        max(each) < TOLERANCES[name] + 0.004 for name, each in errors.items() if each
+    )  # the reference's BF16
+    assert len(record.calls["run_moe_w4a16"]) == len(BUCKETS) + layers, "compiled for each count at load"

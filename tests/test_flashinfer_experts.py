@@ -4,6 +4,7 @@ None of these kernels has run here: they need an SM120 or SM121.
 """
 
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import flashinfer_arithmetic as arithmetic
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from nanoserve.errors import BackendError
 from nanoserve.kernels import flashinfer_ops, fused, nvfp4
-from nanoserve.kernels.flashinfer_experts import BUCKETS, TOLERANCES, prepare, prepared, run, share
+from nanoserve.kernels.flashinfer_experts import BUCKETS, TOLERANCES, prepare, prepared, run, share, warm
 from nanoserve.kernels.flashinfer_moe import moe_add_norm_b12x, moe_add_norm_w4a16
 from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import Nvfp4, Plain
 from nanoserve.kernels.moe import PREFILL_FROM, experts
 from nanoserve.kernels.place import Experts
 from nanoserve.kernels.swizzle import swizzle, swizzled_shape, unswizzle
+from nanoserve.traffic import nbytes
 
 assert interpreted
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -184,6 +186,7 @@ def test_layers_share_what_is_not_their_weights() -> None:
     assert len(wrappers) == 2, "a layer's own: it keeps views of its weights"
     assert wrappers[0]["shared_output"] is wrappers[1]["shared_output"]
     assert wrappers[0]["max_num_tokens"] == PREFILL_FROM - 1
+    assert nbytes(layers[0]) == nbytes(stacks[0]), "a token reads the scales in one order"
     runners = [prepared(layer[0]).runners for layer in layers]
     assert runners[0]["cutlass"] is runners[1]["cutlass"]
     assert runners[0]["w4a16"] is runners[1]["w4a16"]
@@ -239,6 +242,26 @@ def test_a_decode_step_around_them(backend: str, function: Any, latent: int | No
     assert difference(new, want.float()) < TOLERANCES[backend] + 0.01
     assert difference(normed, want_normed.float()) < TOLERANCES[backend] + 0.01
     assert not w.tickets.any()
+
+
+def test_all_counts_of_tokens_are_compiled_before_they_are_wanted() -> None:
+    record = Recorder()
+    up, down = stack(4, 128, 128), stack(4, 128, 128)
+    layer = prepare(up, down, share(libraries(record, "w4a16"), facts(up, 2), 64, BF16, CPU))
+    warm("w4a16", *layer, top_k=2)
+    assert [len(call["hidden_states"]) for call in record.calls["run_moe_w4a16"]] == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_another_mode_of_b12x_is_refused() -> None:
+    library = arithmetic.b12x(Recorder())
+
+    def forced(*args: Any, **kwargs: Any) -> Any:
+        return SimpleNamespace(quant_mode="w4a16")
+
+    up, down = stack(4, 128, 128), stack(4, 128, 128)
+    shared = share({"b12x": replace(library, wrapper=forced)}, facts(up, 2), 64, BF16, CPU)
+    with pytest.raises(BackendError, match="FLASHINFER_B12X_FORCE_MOE_W4A16"):
+        prepare(up, down, shared)
 
 
 def test_the_entry_points_are_there() -> None:

@@ -20,7 +20,7 @@ FLOORS = (
     {"kernels"},
     {"cache", "cached", "files", "checkpoint", "safetensors_header"},
     {"models"},
-    {"weights", "sampler", "step", "graph", "experts", "plan", "progress"},
+    {"weights", "sampler", "step", "graph", "experts", "dense_scales", "plan", "progress"},
     {"machine"},
     {"engine"},
     {"traffic", "breakdown", "timing", "op_cases", "op_checks", "trial", "calibrate", "calibrating"},

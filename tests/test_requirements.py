@@ -12,7 +12,7 @@ from nanoserve.kernels import flashinfer_ops
 from nanoserve.kernels.flashinfer_ops import PARTS
 from nanoserve.kernels.place import Code, Experts, Package, Place, Reason
 from nanoserve.kernels.probe import place_of
-from nanoserve.kernels.requirements import ELECTIVE, FUSED_MOE, REQUIREMENTS
+from nanoserve.kernels.requirements import ELECTIVE, FUSED_MOE, NUMERICS, REQUIREMENTS
 from nanoserve.kernels.table import BACKENDS, Resolution, backends, describe, resolve
 
 SUPER = Experts("nvfp4", True, "relu2", 512, 22, 1024, 2688, 40)
@@ -20,7 +20,7 @@ NANO = Experts("nvfp4", True, "relu2", 128, 6, 2688, 1856, 23)
 LIGHTNING = replace(NANO, input_scales=False)
 GOOD = {"triton": Package((3, 6, 0)), **{f"flashinfer.{part}": Package((0, 7, 4)) for part in PARTS}}
 CARD = Place("cuda", (12, 0), torch.bfloat16, GOOD, (13, 0), True, frozenset([FUSED_MOE]), SUPER)
-FLASHINFER = tuple(PARTS)
+FLASHINFER = ("cutlass", "w4a16", "b12x")
 
 
 def with_part(part: str, package: Package) -> Mapping[str, Package]:
@@ -60,7 +60,7 @@ def test_what_all_of_them_refuse(backend: str, change: dict[str, object], code: 
     assert (reason.code, words in reason.text) == (code, True)
 
 
-@pytest.mark.parametrize("backend", FLASHINFER)
+@pytest.mark.parametrize("backend", PARTS)
 def test_broken_is_not_absent_and_old_is_neither(backend: str) -> None:
     cases = {
         Code.MISSING: Package(),
@@ -78,10 +78,18 @@ def test_broken_is_not_absent_and_old_is_neither(backend: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "change", "code"),
     [
+        ("native", {"experts": None}, None),
+        ("native", {"chip": (12, 1)}, None),
+        ("native", {"chip": (9, 0)}, Code.CHIP),
+        ("native", {"dtype": torch.float32}, Code.DTYPE),
+        ("native", {"toolkit": (12, 8)}, Code.TOOLKIT),
+        ("native", {"packages": {}}, Code.MISSING),
         ("b12x", {"experts": NANO}, Code.SHAPE),
         ("b12x", {"experts": LIGHTNING}, Code.QUANTISATION),
         ("cutlass", {"experts": LIGHTNING}, Code.QUANTISATION),
         ("cutlass", {"experts": NANO}, None),
+        ("cutlass", {"experts": NANO, "packages": with_part("cutlass", Package((0, 7, 5)))}, Code.VERSION),
+        ("cutlass", {"packages": with_part("cutlass", Package((0, 7, 5)))}, None),
         ("w4a16", {"experts": NANO}, None),
         ("w4a16", {"experts": LIGHTNING}, None),
         ("b12x", {"toolkit": (12, 9)}, Code.TOOLKIT),
@@ -118,6 +126,7 @@ def test_triton_needs_a_chip_that_its_kernels_were_made_for(change: dict[str, ob
 def test_what_is_chosen_on_a_card() -> None:
     rows = chosen(CARD)
     assert rows["experts_prefill"].backend == "cutlass"
+    assert rows["linear_nvfp4"].backend == "triton"
     assert rows["moe_add_norm"].backend == rows["experts_few"].backend == "triton"
     others = dict(rows["moe_add_norm"].rejected)
     assert {name: reason.code for name, reason in others.items()} == dict.fromkeys(("w4a16", "b12x"), Code.BY_NAME)
@@ -126,7 +135,7 @@ def test_what_is_chosen_on_a_card() -> None:
         dict(chosen(replace(CARD, experts=replace(SUPER, count=128)))["moe_add_norm"].rejected)
     )
     text = "\n".join(describe(tuple(rows.values())))
-    assert "cutlass (the best that runs here): experts_prefill" in text
+    assert "cutlass (the best that runs here; activations quantised to NVFP4): experts_prefill" in text
     assert "not w4a16: reads hidden values as float16" in text
 
 
@@ -141,7 +150,8 @@ def test_what_would_be_built_for_hours_is_not_chosen_but_can_be() -> None:
 @pytest.mark.parametrize("backend", ["w4a16", "b12x", "triton", "torch"])
 def test_each_is_taken_by_name(op: str, backend: str) -> None:
     row = chosen(CARD, {op: backend})[op]
-    assert (row.backend, row.reason) == (backend, "chosen by name")
+    assert (row.backend, row.reason.split(";")[0]) == (backend, "chosen by name")
+    assert (";" in row.reason) == (backend in NUMERICS), "the report says which numerics run"
 
 
 @pytest.mark.parametrize(
