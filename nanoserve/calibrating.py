@@ -38,6 +38,19 @@ def calibrated(
     """
     if s.device.type != "cuda" or s.experts is None or OP in named:
         return ops, None
+    return choose(s, ops, named, say, key_of, anew=anew)
+
+
+def choose(
+    s: Subject,
+    ops: Ops,
+    named: Mapping[str, str],
+    say: Callable[[str], None],
+    key: Callable[[Subject, tuple[str, ...]], Key],
+    *,
+    anew: bool,
+) -> tuple[Ops, Calibration | None]:
+    """As `calibrated`, wherever the subject is; ``key`` says what the result holds for."""
     default = ops.backend(OP)
     able, _ = backends(OP, s.device, s.dtype, s.experts)
     candidates = [name for name in able if (OP, name) not in HOST_BOUND]
@@ -47,13 +60,14 @@ def calibrated(
     case = moe_case(s)
     result = calibrate(
         candidates,
-        key_of(s, tuple(candidates)),
+        key(s, tuple(candidates)),
         measure=_measure(s, able),
         isolate=lambda name: tried_elsewhere(s, case, name, _SEED),
         say=say,
         anew=anew,
     )
-    torch.cuda.empty_cache()  # the memory plan comes next
+    if s.device.type == "cuda":
+        torch.cuda.empty_cache()  # the memory plan comes next
     if len(candidates) == 1:
         return ops, result
     chosen = select(s.device, s.dtype, {**named, OP: result.backend}, s.experts)

@@ -328,7 +328,7 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="whether this machine's driver, packages and kernels are sound")
     _model_argument(doctor)
-    _engine_options(doctor)
+    _engine_options(doctor, only=("device", "dtype", "kv-dtype"))
     add_doctor_options(doctor)
     doctor.set_defaults(command=_doctor)
     return parser
@@ -380,15 +380,17 @@ def _calibrate_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _engine_options(parser: argparse.ArgumentParser) -> None:
+def _engine_options(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
+    """Options of the engine; ``only`` some of them, and how backends are chosen, where nothing is served."""
     choices: Mapping[str, Any] = {
         "device": DeviceChoice,
         "dtype": DtypeChoice,
         "kv-dtype": KvDtypeChoice,
         "decode": DecodeChoice,
     }
-    for name, kind in choices.items():
-        parser.add_argument(f"--{name}", choices=get_args(kind), help="default auto")
-    parser.add_argument("--max-context", type=int, help="tokens of prompt and answer (default: what fits)")
+    for name in only or choices:
+        parser.add_argument(f"--{name}", choices=get_args(choices[name]), help="default auto")
+    if only is None:
+        parser.add_argument("--max-context", type=int, help="tokens of prompt and answer (default: what fits)")
     parser.add_argument("--op", action="append", metavar="NAME=BACKEND", help="choose an op's backend; repeatable")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with [engine] and [server]")

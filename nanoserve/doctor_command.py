@@ -25,6 +25,9 @@ from nanoserve.startup import Examined, examine, subject_of
 from nanoserve.traffic import read_bandwidth
 from nanoserve.trial import tried_elsewhere
 
+_WITHOUT_COMPILE = ("model", "shape", "calibrate", "device", "dtype", "kv_dtype", "op", "config")
+"""Options that say nothing of what is compiled."""
+
 
 def run_doctor(options: argparse.Namespace, engine_options: EngineConfig) -> int:
     """Run the command.
@@ -60,8 +63,13 @@ def _looked(examined: Examined, model: str, options: argparse.Namespace) -> Doct
     bandwidth = read_bandwidth(subject.device)
     seed = time.time_ns() % (1 << 31)
 
+    known: dict[tuple[str, str], str | None] = {}
+
     def isolate(case: OpCase, backend: str) -> str | None:
-        return tried_elsewhere(subject, case, backend, seed)
+        """Once an op, for a process takes seconds to begin."""
+        if (case.op, backend) not in known:
+            known[case.op, backend] = tried_elsewhere(subject, case, backend, seed)
+        return known[case.op, backend]
 
     found = check_ops(subject, ops.report, bandwidth, seed, OpBar("checking"), isolate)
     left_out: tuple[str, ...] = ()
@@ -99,9 +107,9 @@ def _device(subject: Subject) -> str:
 
 
 def _compile(options: argparse.Namespace) -> int:
-    if options.shape or options.model or options.calibrate:
-        given = options.shape or options.model or "--calibrate"
-        raise ConfigError(f"compile is {options.compile!r} and takes every released shape: leave out {given}")
+    if given := [name for name in _WITHOUT_COMPILE if getattr(options, name)]:
+        name = given[0].replace("_", "-")
+        raise ConfigError(f"compile is {options.compile!r} and takes every released shape: leave out {name}")
     report = compile_kernels(parse_architectures(options.compile), KernelBar("compiling"))
     _finish(report.data(), report.text(), options)
     return 0 if report.sound else 1

@@ -4,7 +4,7 @@ import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from nanoserve.kernels.flashinfer_experts import TOLERANCES
+from nanoserve.kernels.flashinfer_ops import PARTS
 from nanoserve.kernels.place import Experts
 from nanoserve.op_cases import OpCase, Subject, cases
 
@@ -46,7 +46,7 @@ def tried_elsewhere(s: Subject, case: OpCase, backend: str, seed: int, *, work: 
         seed: of the arguments.
         work: what to run there.
     """
-    if backend not in TOLERANCES:
+    if backend not in PARTS:
         return None
     fault, risk = in_a_child(s, case.op, backend, seed, work=work), known_risk(backend, s.experts)
     return f"{fault}; {risk}" if fault and risk else fault

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nanoserve import calibrate as module
-from nanoserve import trial
+from nanoserve import calibrating, trial
 from nanoserve.calibrate import Calibration, Key, Outcome, calibrate, pick
 from nanoserve.config import EngineConfig
 from nanoserve.files import DEMO_MODEL
+from nanoserve.kernels import fused, table
+from nanoserve.kernels.fused import MoeWeights, Norm
+from nanoserve.kernels.place import Place, Reason
 from nanoserve.op_cases import Subject, moe_case
 from nanoserve.trial import in_a_child, known_risk, tried_elsewhere
 
@@ -235,11 +239,54 @@ def test_only_others_kernels_are_tried_elsewhere(subject: Subject) -> None:
     assert "issue 5446" in told
 
 
-def test_on_a_cpu_nothing_is_calibrated(subject: Subject) -> None:
-    from nanoserve.calibrating import calibrated
-    from nanoserve.kernels.table import select
+def once(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    return fused.moe_add_norm(x, w, stream, norm)
 
-    ops = select(torch.device("cpu"), torch.float32, {}, subject.experts)
+
+def thrice(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    once(x, w, stream, norm)
+    once(x, w, stream, norm)
+    return once(x, w, stream, norm)
+
+
+def wrong(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    return fused.moe_add_norm(-x, w, stream, norm)
+
+
+@pytest.mark.parametrize("names", [("thrice", "wrong", "once"), ("once", "wrong", "thrice")])
+def test_of_backends_in_the_table_the_faster_is_kept(
+    names: tuple[str, ...], subject: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The whole way, on a CPU: checked, timed, written, taken again, and in the report with its reason."""
+
+    def anywhere(place: Place) -> Reason | None:
+        return None
+
+    planted = {name: f"test_calibrate:{name}" for name in names}
+    row = {**planted, **table.BACKENDS["moe_add_norm"]}
+    monkeypatch.setattr(table, "BACKENDS", {**table.BACKENDS, "moe_add_norm": row})
+    monkeypatch.setattr(table, "REQUIREMENTS", {**table.REQUIREMENTS, **dict.fromkeys(names, anywhere)})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ops = table.select(subject.device, subject.dtype, {}, subject.experts)
+    assert ops.backend("moe_add_norm") == names[0]
     said: list[str] = []
-    assert calibrated(subject, ops, {}, said.append) == (ops, None)
+
+    def key(s: Subject, candidates: tuple[str, ...]) -> Key:
+        return replace(KEY, candidates=candidates)
+
+    for kept in (False, True):
+        chosen, result = calibrating.choose(subject, ops, {}, said.append, key, anew=False)
+        assert result is not None
+        assert (result.backend, result.kept) == ("once", kept)
+        report = next(row for row in chosen.report if row.op == "moe_add_norm")
+        assert report.backend == "once"
+        assert "thrice" in report.reason
+        assert "wrong excluded: differs" in report.reason
+    assert len([line for line in said if line.startswith("calibrating")]) == 3
+
+
+def test_on_a_cpu_nothing_is_calibrated(subject: Subject) -> None:
+    ops = table.select(torch.device("cpu"), torch.float32, {}, subject.experts)
+    said: list[str] = []
+    assert calibrating.calibrated(subject, ops, {}, said.append) == (ops, None)
     assert not said

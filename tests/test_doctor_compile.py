@@ -55,9 +55,19 @@ def test_an_unknown_chip_is_told(text: str, capsys: pytest.CaptureFixture[str]) 
     assert "such as sm_120a" in (err := capsys.readouterr().err) or "known are sm_90" in err
 
 
-def test_what_has_no_meaning_beside_compile_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--compile", "sm_120a", "--shape", "nano"]) == 1
-    assert "leave out nano" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--shape=nano", "leave out shape"),
+        ("--kv-dtype=fp8", "leave out kv-dtype"),
+        ("somewhere", "leave out model"),
+    ],
+)
+def test_what_has_no_meaning_beside_compile_is_refused(
+    option: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--compile", "sm_120a", option]) == 1
+    assert words in capsys.readouterr().err
 
 
 def test_jobs_that_fail_are_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
