@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanoserve.kernels import nvfp4
 from nanoserve.kernels.fp8 import widen
+from nanoserve.kernels.prepared import Prepared
 
 TILE_BYTES = 4 << 20
 """The reference expands this many float32 bytes of a weight at a time; with 32 MiB, which no cache holds, a CPU
@@ -42,11 +43,17 @@ class Fp8:
 
 @dataclass(frozen=True, slots=True)
 class Nvfp4:
-    """Packed NVFP4, see `nanoserve.kernels.nvfp4`: uint8 [..., N, K/2], e4m3 [..., N, K/16], float32 [...]."""
+    """Packed NVFP4, see `nanoserve.kernels.nvfp4`: uint8 [..., N, K/2], e4m3 [..., N, K/16], float32 [...].
+
+    A stack of experts may have more, which weight-only arithmetic does not use: ``input_scale``, float32 [E], by
+    which a checkpoint for 4-bit activations divides what each expert reads; and what kernels want ``prepared``.
+    """
 
     data: Tensor
     scales: Tensor
     global_scale: Tensor
+    input_scale: Tensor | None = None
+    prepared: Prepared | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows as float32 [stop - start, K]."""

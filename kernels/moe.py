@@ -5,6 +5,9 @@ from torch import Tensor
 
 from nanoserve.kernels.linear import Weight, expert, linear_f32, relu2
 
+PREFILL_FROM = 64
+"""Tokens from which a step's experts are `experts_prefill`'s: with fewer, most weights serve one or two tokens."""
+
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, up: Weight, down: Weight) -> Tensor:
     """sum_k weights[k] * down[ids[k]](relu(up[ids[k]](x))²).

@@ -1,12 +1,12 @@
 """Which function runs each op: a literal table, resolved once at load, printed with its reasons.
 
-A new backend is a line in `BACKENDS` and a predicate in `REQUIREMENTS`; the model never asks which one runs.
+A new backend is a line in `BACKENDS` and a predicate in `nanoserve.kernels.requirements`; the model never asks
+which one runs.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ from nanoserve.kernels.attention import LayerKV
 from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
 from nanoserve.kernels.mamba import MambaState, MambaWeights
+from nanoserve.kernels.place import Experts as ExpertFacts
+from nanoserve.kernels.place import Place, Reason
+from nanoserve.kernels.probe import place_of
+from nanoserve.kernels.requirements import ELECTIVE, NUMERICS, REQUIREMENTS
 from nanoserve.kernels.sample import SamplerState
 from nanoserve.kernels.ssm import SsmWeights
 
@@ -40,6 +44,7 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     },
     "linear_nvfp4": {
         "triton": "nanoserve.kernels.triton_linear:linear",
+        "native": "nanoserve.kernels.flashinfer_linear:linear",
         "torch": "nanoserve.kernels.linear:linear",
     },
     "head": {
@@ -60,6 +65,8 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     },
     "moe_add_norm": {
         "triton": "nanoserve.kernels.triton_experts:moe_add_norm",
+        "w4a16": "nanoserve.kernels.flashinfer_moe:moe_add_norm_w4a16",
+        "b12x": "nanoserve.kernels.flashinfer_moe:moe_add_norm_b12x",
         "torch": "nanoserve.kernels.fused:moe_add_norm",
     },
     "conv_prefill": {
@@ -91,7 +98,14 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
         "torch": "nanoserve.kernels.router:router",
     },
     "experts_prefill": {
+        "cutlass": "nanoserve.kernels.flashinfer_experts:experts_cutlass",
         "triton": "nanoserve.kernels.prefill_experts:experts_prefill",
+        "torch": "nanoserve.kernels.moe:experts",
+    },
+    "experts_few": {  # of a prefill step with fewer than PREFILL_FROM tokens
+        "triton": "nanoserve.kernels.prefill_experts:experts_prefill",
+        "w4a16": "nanoserve.kernels.flashinfer_experts:experts_w4a16",
+        "b12x": "nanoserve.kernels.flashinfer_experts:experts_b12x",
         "torch": "nanoserve.kernels.moe:experts",
     },
     "sample": {
@@ -113,25 +127,6 @@ HOST_BOUND: Mapping[tuple[str, str], str] = {
     ("sample", "torch"): "takes the request's numbers from the host",
 }
 
-Requirement = Callable[[torch.device, torch.dtype], str | None]
-"""Why a backend cannot run on a device with activations of a type, or None when it can."""
-
-
-def _triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return "needs an NVIDIA GPU"
-    if not find_spec("triton"):
-        return "needs the triton package, which torch for CUDA brings"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0) and major != 12:
-        return f"needs compute capability 9.0 or 12.x, and this GPU has {major}.{minor}"
-    if dtype != torch.bfloat16:
-        return f"needs bfloat16 activations, and these are {str(dtype).removeprefix('torch.')}"
-    return None
-
-
-REQUIREMENTS: Mapping[str, Requirement] = {"torch": lambda device, dtype: None, "triton": _triton}
-
 Experts = Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
 Attend = Callable[[Tensor, LayerKV, Tensor, Tensor], Tensor]
 Conv = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -139,12 +134,15 @@ Conv = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """Why an op runs on its backend: ``rejected`` holds (backend, reason) pairs."""
+    """Why an op runs on its backend.
+
+    ``rejected`` holds (backend, reason) pairs of those that cannot run, or are not chosen automatically.
+    """
 
     op: str
     backend: str
     reason: str
-    rejected: tuple[tuple[str, str], ...]
+    rejected: tuple[tuple[str, Reason], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +167,7 @@ class Ops:
     attention_decode: Attend
     router: Callable[[Tensor, Tensor, Tensor, int, float, bool], tuple[Tensor, Tensor]]
     experts_prefill: Experts
+    experts_few: Experts
     sample: Callable[[Tensor, SamplerState, Tensor], None]
     report: tuple[Resolution, ...]
 
@@ -187,62 +186,82 @@ class Ops:
                 return self.linear_nvfp4(x, weight)
 
 
-def select(device: torch.device, dtype: torch.dtype, choices: Mapping[str, str]) -> Ops:
+def select(
+    device: torch.device, dtype: torch.dtype, choices: Mapping[str, str], experts: ExpertFacts | None = None
+) -> Ops:
     """Resolve every op for a device.
 
     Args:
         device: where the model runs.
         dtype: the activations'.
         choices: op → backend, for ops that should not be chosen automatically.
+        experts: the model's; None where it has none.
 
     Raises:
         BackendError: an unknown op or backend, or a chosen backend that cannot run here; names the choices.
     """
-    unknown = sorted(set(choices) - set(BACKENDS))
-    if unknown:
-        raise BackendError(f"unknown op {unknown[0]!r}; known are {', '.join(BACKENDS)}")
-    report = tuple(_resolve(op, device, dtype, choices.get(op)) for op in BACKENDS)
+    report = resolve(place_of(device, dtype, experts), choices)
     functions: dict[str, Any] = {row.op: _function(BACKENDS[row.op][row.backend]) for row in report}
     expected = {field.name for field in fields(Ops)} - {"report"}
     assert functions.keys() == expected, "BACKENDS and Ops name different ops"
     return Ops(**functions, report=report)
 
 
+def resolve(place: Place, choices: Mapping[str, str]) -> tuple[Resolution, ...]:
+    """Every op's backend at a place: the chosen one, or else the best that can run and need not be named.
+
+    Raises:
+        BackendError: as `select`.
+    """
+    unknown = sorted(set(choices) - set(BACKENDS))
+    if unknown:
+        raise BackendError(f"unknown op {unknown[0]!r}; known are {', '.join(BACKENDS)}")
+    return tuple(_resolve(op, place, choices.get(op)) for op in BACKENDS)
+
+
 def describe(report: tuple[Resolution, ...]) -> list[str]:
-    """The report for people: a line for each backend, reason and rejection, with the ops it holds for.
+    """The report for people: a line for each backend and reason, with its ops, and what was not taken for them.
 
     Where one line holds for every op, it says so.
     """
-    groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], list[str]] = {}
+    groups: dict[tuple[str, str], list[Resolution]] = {}
     for row in report:
-        groups.setdefault((row.backend, row.reason, row.rejected), []).append(row.op)
+        groups.setdefault((row.backend, row.reason), []).append(row)
     lines: list[str] = []
-    for (backend, reason, rejected), ops in groups.items():
-        names = "every op" if len(ops) == len(report) else ", ".join(ops)
-        others = [f"not {other}: {why}" for other, why in rejected]
-        lines.append("; ".join([f"{backend} ({reason}): {names}", *others]))
+    for (backend, reason), rows in groups.items():
+        names = "every op" if len(rows) == len(report) else ", ".join(row.op for row in rows)
+        others: dict[str, dict[str, None]] = {}
+        for name, why in (pair for row in rows for pair in row.rejected):
+            others.setdefault(str(why), {})[name] = None
+        rejected = [f"not {', '.join(names)}: {why}" for why, names in others.items()]
+        lines.append("; ".join([f"{backend} ({reason}): {names}", *rejected]))
     return lines
 
 
-def _resolve(op: str, device: torch.device, dtype: torch.dtype, choice: str | None) -> Resolution:
-    backends = BACKENDS[op]
-    reasons = {backend: REQUIREMENTS[backend](device, dtype) for backend in backends}
-    able = [backend for backend, reason in reasons.items() if reason is None]
-    rejected = tuple((backend, reason) for backend, reason in reasons.items() if reason is not None)
+def _resolve(op: str, place: Place, choice: str | None) -> Resolution:
+    reasons = {name: reason for name in BACKENDS[op] if (reason := REQUIREMENTS[name](place))}
+    able = [name for name in BACKENDS[op] if name not in reasons]
     if choice is None:
-        return Resolution(op, able[0], "the best that runs here", rejected)
-    if choice not in backends:
-        raise BackendError(f"op {op} has no backend {choice!r}; it has {', '.join(backends)}")
+        reasons |= {name: reason for name in able if name in ELECTIVE and (reason := ELECTIVE[name](place))}
+        best = next(name for name in able if name not in reasons)  # torch is always there
+        return Resolution(op, best, _told("the best that runs here", best), tuple(reasons.items()))
+    if choice not in BACKENDS[op]:
+        raise BackendError(f"op {op} has no backend {choice!r}; it has {', '.join(BACKENDS[op])}")
     if choice not in able:
         raise BackendError(f"op {op}: {choice} cannot run: {reasons[choice]}; able: {', '.join(able)}")
-    return Resolution(op, choice, "chosen by name", rejected)
+    return Resolution(op, choice, _told("chosen by name", choice), tuple(reasons.items()))
+
+
+def _told(reason: str, backend: str) -> str:
+    return f"{reason}; {NUMERICS[backend]}" if backend in NUMERICS else reason
 
 
 def backends(
-    op: str, device: torch.device, dtype: torch.dtype
-) -> tuple[dict[str, Callable[..., Any]], tuple[tuple[str, str], ...]]:
+    op: str, device: torch.device, dtype: torch.dtype, experts: ExpertFacts | None = None
+) -> tuple[dict[str, Callable[..., Any]], tuple[tuple[str, Reason], ...]]:
     """An op's backends that can run on a device, best first, and the others with their reasons."""
-    reasons = {name: REQUIREMENTS[name](device, dtype) for name in BACKENDS[op]}
+    place = place_of(device, dtype, experts)
+    reasons = {name: REQUIREMENTS[name](place) for name in BACKENDS[op]}
     able = {name: _function(BACKENDS[op][name]) for name, reason in reasons.items() if reason is None}
     return able, tuple((name, reason) for name, reason in reasons.items() if reason is not None)
 

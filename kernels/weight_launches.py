@@ -1,7 +1,7 @@
 """The weight-reading launches of the released models' layers, over tensors that have no memory.
 
-Whoever records the launches (tests/aot.py) can compile them for chips that are not here, or time them. Shapes and
-formats: the released configurations, ../shared/facts/model.md sections 1 and 4.
+Whoever records the launches (`nanoserve.kernels.aot`) can compile them for chips that are not here, or time them.
+Shapes and formats: the released configurations, ../shared/facts/model.md sections 1 and 4.
 """
 
 from collections.abc import Callable, Iterator

@@ -14,6 +14,7 @@ from nanoserve.cache import Cache, Sequence
 from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import Weight, relu2
 from nanoserve.kernels.mamba import MambaWeights
+from nanoserve.kernels.moe import PREFILL_FROM
 from nanoserve.kernels.ssm import SsmWeights
 from nanoserve.kernels.table import Ops
 from nanoserve.models.config import NemotronHConfig
@@ -130,7 +131,8 @@ class MoE:
             return ops.moe_add_norm(x, w, stream, after)
         ids, weights = ops.router(x, w.gate, w.bias, w.top_k, w.scale, w.normalize)
         narrow = ops.linear(x, w.latent_in) if w.latent_in else x
-        routed = ops.experts_prefill(narrow, ids, weights, w.up, w.down)
+        experts = ops.experts_prefill if len(x) >= PREFILL_FROM else ops.experts_few
+        routed = experts(narrow, ids, weights, w.up, w.down)
         if w.latent_out:
             routed = ops.linear(routed, w.latent_out)
         shared = ops.linear(relu2(ops.linear(x, w.shared_up)), w.shared_down)

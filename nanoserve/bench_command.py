@@ -56,9 +56,9 @@ def _source(options: argparse.Namespace, engine_options: EngineConfig) -> tuple[
     """What is to be loaded, and how."""
     bar = LoadBar("weights")
     if options.shape:
-        made = prepare_shape(options.shape, engine_options)
+        made = prepare_shape(options.shape, engine_options, _say)
         return made, lambda: assemble(made, random_fields(made.manifest, made.device, bar))
-    read = prepare(open_checkpoint(options.model or DEMO_MODEL), engine_options)
+    read = prepare(open_checkpoint(options.model or DEMO_MODEL), engine_options, _say)
     return read, lambda: load_engine(read, bar)
 
 

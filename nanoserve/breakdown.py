@@ -106,7 +106,7 @@ def record(engine: Engine, context: int) -> list[Call]:
     def watch(place: str, op: str, function: Function) -> Function:
         def noted(*arguments: Any) -> Any:
             family = op if place == "model" else f"{place} {op}"
-            calls.append(Call(family, op, function, arguments, _bytes(op, arguments, context)))
+            calls.append(Call(family, op, function, arguments, call_bytes(op, arguments, context)))
             return function(*arguments)
 
         return noted
@@ -212,7 +212,7 @@ def _kernels_us(work: Callable[[], None]) -> list[float]:
     return [event.time_range.elapsed_us() for event in events if event.device_type.name == "CUDA"]
 
 
-def _bytes(op: str, arguments: tuple[Any, ...], context: int) -> int:
+def call_bytes(op: str, arguments: tuple[Any, ...], context: int) -> int:
     """What a call must move: weights as often as they are used, state both ways, the cache up to the context."""
     total = 0
     for argument in arguments:

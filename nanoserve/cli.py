@@ -1,4 +1,4 @@
-"""``nanoserve run | chat | generate | inspect | eval | bench``: the composition root; it reads like the flow."""
+"""``nanoserve run | chat | generate | inspect | eval | bench | doctor``: the composition root."""
 
 import argparse
 import io
@@ -24,9 +24,11 @@ from nanoserve.config import (
     read_toml,
 )
 from nanoserve.config import build as build_config
+from nanoserve.doctor_options import add_doctor_options
 from nanoserve.errors import ConfigError, NanoserveError
 from nanoserve.eval_questions import DEFAULT_COUNT, TaskName
 from nanoserve.files import DEMO_MODEL
+from nanoserve.machine import configured
 from nanoserve.signals import ENDING, Interrupt, hearing, leave
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
         defaults = sampling_defaults(checkpoint.generation_config)
         tokenizer = Tokenizer.load(checkpoint.directory)
         socket = stack.enter_context(server.bind(server_options))
-        prepared = prepare(checkpoint, engine_options)
+        prepared = prepare(checkpoint, engine_options, _say)
         _announce(prepared, tokenizer is not None)
         bar = LoadBar("weights")
         worker = Worker(
@@ -161,7 +163,7 @@ def _generate(options: argparse.Namespace) -> int:
             raise ConfigError(
                 f"{where} has no tokenizer.json, and --prompt is text: use the Python API with token ids"
             )
-        prepared = prepare(checkpoint, engine_options)
+        prepared = prepare(checkpoint, engine_options, _say)
         _announce(prepared, has_tokenizer=True)
         engine = stack.enter_context(LocalEngine(prepared, tokenizer, LoadBar("weights")))
         if options.json:
@@ -226,6 +228,13 @@ def _bench(options: argparse.Namespace) -> int:
         return run_bench(options, _sections(options)[0], _announce)
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from nanoserve.doctor_command import run_doctor
+
+    with hearing(leave, *ENDING):
+        return run_doctor(options, _sections(options)[0])
+
+
 def _sections(options: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
     """Both config sections out of command line, environment and TOML."""
     toml = read_toml(options.config) if options.config else {}
@@ -238,10 +247,10 @@ def _sections(options: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
     server = of(ServerConfig)
     if given.get("api_key_file"):
         server["api_key"] = _read_key(options.api_key_file)
-    return (
-        build_config(EngineConfig, engine, toml=toml.get("engine")),
-        build_config(ServerConfig, server, toml=toml.get("server")),
-    )
+    engine_options, profile = configured(engine, toml.get("engine"))
+    if profile is not None:
+        _say(f"{profile.device}: profile {profile.name}")
+    return engine_options, build_config(ServerConfig, server, toml=toml.get("server"))
 
 
 def _read_key(path: Path) -> str:
@@ -263,11 +272,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="nanoserve", description="One Nemotron-H model, one GPU, one stream of tokens."
     )
     parser.add_argument("--version", action="version", version=f"nanoserve {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="run | chat | generate | inspect | eval | bench")
+    commands = parser.add_subparsers(
+        required=True, metavar="run | chat | generate | inspect | eval | bench | doctor"
+    )
 
     run = commands.add_parser("run", help="serve a checkpoint over HTTP")
     _model_argument(run)
     _engine_options(run)
+    _calibrate_option(run)
     run.add_argument("--host", help="address to bind (default 127.0.0.1)")
     run.add_argument("--port", type=int, help="port to bind (default 8000; 0 takes a free one)")
     run.add_argument("--served-model-name", help="the model's name on the wire (default: the directory's)")
@@ -290,6 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="continue one prompt and exit")
     _model_argument(generate)
     _engine_options(generate)
+    _calibrate_option(generate)
     generate.add_argument("--prompt", required=True, help="text to continue")
     generate.add_argument("--chat", action="store_true", help="send the prompt as a user's message")
     generate.add_argument("--max-tokens", type=int, help="tokens to generate at most")
@@ -309,8 +322,15 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="speed at batch 1, against the time that the memory's bus takes")
     _model_argument(bench)
     _engine_options(bench)
+    _calibrate_option(bench)
     add_bench_options(bench)
     bench.set_defaults(command=_bench)
+
+    doctor = commands.add_parser("doctor", help="whether this machine's driver, packages and kernels are sound")
+    _model_argument(doctor)
+    _engine_options(doctor, only=("device", "dtype", "kv-dtype"))
+    add_doctor_options(doctor)
+    doctor.set_defaults(command=_doctor)
     return parser
 
 
@@ -318,6 +338,7 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", metavar="TASK", choices=get_args(TaskName), help=" | ".join(get_args(TaskName)))
     _model_argument(parser)
     _engine_options(parser)
+    _calibrate_option(parser)
     parser.add_argument(
         "--count", type=int, help=f"questions to ask (default {DEFAULT_COUNT}; gsm8k: all of the file)"
     )
@@ -349,15 +370,27 @@ def _model_argument(parser: argparse.ArgumentParser, text: str = "checkpoint dir
     parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{text} (default: the demonstration model)")
 
 
-def _engine_options(parser: argparse.ArgumentParser) -> None:
+def _calibrate_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-calibrate",
+        action="store_false",
+        dest="calibrate",
+        default=None,
+        help="run the shipped default of the experts' backends, and measure nothing at the first start on a card",
+    )
+
+
+def _engine_options(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
+    """Options of the engine; ``only`` some of them, and how backends are chosen, where nothing is served."""
     choices: Mapping[str, Any] = {
         "device": DeviceChoice,
         "dtype": DtypeChoice,
         "kv-dtype": KvDtypeChoice,
         "decode": DecodeChoice,
     }
-    for name, kind in choices.items():
-        parser.add_argument(f"--{name}", choices=get_args(kind), help="default auto")
-    parser.add_argument("--max-context", type=int, help="tokens of prompt and answer (default: what fits)")
+    for name in only or choices:
+        parser.add_argument(f"--{name}", choices=get_args(choices[name]), help="default auto")
+    if only is None:
+        parser.add_argument("--max-context", type=int, help="tokens of prompt and answer (default: what fits)")
     parser.add_argument("--op", action="append", metavar="NAME=BACKEND", help="choose an op's backend; repeatable")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with [engine] and [server]")

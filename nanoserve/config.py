@@ -41,6 +41,8 @@ class EngineConfig:
         page_size: tokens in a KV page.
         prefill_chunk: tokens a prefill step takes at most; None takes 2,048 on a GPU and 512 on a CPU.
         memory_fraction: share of the device's free memory that the memory plan may use.
+        calibrate: at the first start on a card, time the backends of the experts and keep the fastest; else the
+            shipped default runs.
         ops: op name → backend name, for ops that should not be chosen automatically.
     """
 
@@ -52,6 +54,7 @@ class EngineConfig:
     page_size: int = 16
     prefill_chunk: int | None = None
     memory_fraction: float = 0.9
+    calibrate: bool = True
     ops: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:

@@ -81,6 +81,9 @@ class Inspection:
             },
             "bytes_per_token_types": self.types,
             "ops": {row.op: row.backend for row in self.examined.ops.report},
+            "ops_not_taken": {
+                row.op: {name: why.code.value for name, why in row.rejected} for row in self.examined.ops.report
+            },
             "memory_plan": None
             if plan is None
             else {

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from nanoserve.checkpoint import open_checkpoint
 from nanoserve.choice import Choice, Piece
-from nanoserve.config import EngineConfig, build
 from nanoserve.constraint import Constraints
 from nanoserve.engine import ForcedRequest
 from nanoserve.errors import EngineError, RequestError
 from nanoserve.files import DEMO_MODEL
 from nanoserve.grammar import Grammar
+from nanoserve.machine import configured
 from nanoserve.request import (
     FinishReason,
     Request,
@@ -305,7 +305,7 @@ def load(path: str | Path | None = None, *, progress: Progress = _quiet, **optio
     Raises:
         NanoserveError: the options, the checkpoint, or the memory plan; see `nanoserve.errors`.
     """
-    config = build(EngineConfig, options)
+    config, _ = configured(options)
     checkpoint = open_checkpoint(DEMO_MODEL if path is None else path)
     tokenizer = Tokenizer.load(checkpoint.directory)
     return LocalEngine(prepare(checkpoint, config), tokenizer, progress)

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from nanoserve.cache import CacheShape
 from nanoserve.errors import MemoryPlanError
+from nanoserve.experts import NO_COSTS, ExpertCosts
 from nanoserve.kernels.linear import TILE_BYTES
 from nanoserve.models.config import NemotronHConfig
 from nanoserve.models.manifest import Kind
@@ -24,6 +25,7 @@ class MemoryPlan:
 
     Attributes:
         weights: storage format → bytes kept in memory.
+        second_scales: bytes of block scales that are kept in a second order, for FlashInfer's kernels.
         kv_per_token: KV cache bytes a token.
         kv: bytes of all KV pages.
         state: conv and SSM state of one sequence.
@@ -35,6 +37,7 @@ class MemoryPlan:
     """
 
     weights: dict[str, int]
+    second_scales: int
     kv_per_token: int
     kv: int
     state: int
@@ -47,13 +50,15 @@ class MemoryPlan:
     @property
     def left(self) -> int:
         """Budget that stays free; negative when the plan does not fit."""
-        return self.budget - sum(self.weights.values()) - self.kv - self.state - self.workspace
+        taken = sum(self.weights.values()) + self.second_scales
+        return self.budget - taken - self.kv - self.state - self.workspace
 
     def rows(self) -> list[tuple[str, str]]:
         """(purpose, amount) lines for a terminal."""
         formats = ", ".join(f"{name} {size(n)}" for name, n in self.weights.items())
         return [
             ("weights", f"{size(sum(self.weights.values()))} ({formats})"),
+            *([("scales again", f"{size(self.second_scales)} swizzled")] if self.second_scales else []),
             ("KV pages", f"{size(self.kv)} for {self.max_context:,} tokens at {self.kv_per_token:,} B"),
             ("Mamba state", size(self.state)),
             ("workspace", f"{size(self.workspace)} (estimate)"),
@@ -72,6 +77,8 @@ def plan_memory(
     keys_at_once: bool,
     available: int,
     fraction: float,
+    experts: ExpertCosts = NO_COSTS,
+    dense_scales: int = 0,
 ) -> MemoryPlan:
     """Fit weights, cache and workspace into what the device has free.
 
@@ -84,6 +91,8 @@ def plan_memory(
         keys_at_once: attention over a prompt holds a layer's keys, values and mask whole, as torch's does.
         available: bytes free on the device.
         fraction: share of them to use.
+        experts: what the experts' backends take beside the weights.
+        dense_scales: block scales that other matrices' backends keep once more.
 
     Raises:
         MemoryPlanError: not even one page fits, or less than ``wanted_context``; names the amounts.
@@ -91,23 +100,27 @@ def plan_memory(
     weights = weights_by_format(manifest)
     per_token, state = shape.kv_bytes_per_token(config), shape.state_bytes(config)
     fixed_work, work_per_token = _workspace(config, prefill_chunk, keys_at_once)
+    fixed_work += experts.workspace
     budget = int(available * fraction)
-    room = budget - sum(weights.values()) - state - fixed_work
+    again = experts.scales + dense_scales
+    kept = sum(weights.values()) + again
+    room = budget - kept - state - fixed_work
     cost = per_token + work_per_token
     most_pages = -(-config.max_position_embeddings // shape.page_size)
     pages = min(max(room, 0) // (cost * shape.page_size), most_pages) if cost else most_pages
     largest = min(pages * shape.page_size, config.max_position_embeddings)
     context = wanted_context or largest
     if room < 0 or context > largest or not context:
-        _refuse(config, weights, budget, wanted_context, largest, state + fixed_work)
+        _refuse(config, kept, experts.scales, budget, wanted_context, largest, state + fixed_work)
     work = fixed_work + work_per_token * context
     kv = replace(shape, max_context=context).pages * shape.page_size * per_token
-    return MemoryPlan(weights, per_token, kv, state, work, available, budget, context, largest)
+    return MemoryPlan(weights, again, per_token, kv, state, work, available, budget, context, largest)
 
 
 def _refuse(
     config: NemotronHConfig,
-    weights: dict[str, int],
+    weights: int,
+    again: int,
     budget: int,
     wanted: int | None,
     largest: int,
@@ -117,8 +130,10 @@ def _refuse(
         raise MemoryPlanError(
             f"max_context is {wanted} and the model was made for {config.max_position_embeddings}: ask for less"
         )
-    need = f"weights need {size(sum(weights.values()))}, state and workspace {size(fixed)}"
+    need = f"weights need {size(weights)}, state and workspace {size(fixed)}"
     remedy = f"ask for --max-context {largest} or less" if largest else "use a device with more memory"
+    if again:
+        remedy += f", or run the experts on triton (experts_prefill=triton), which needs {size(again)} less"
     raise MemoryPlanError(
         f"{wanted or 'any'} tokens of context do not fit a budget of {size(budget)}: {need}; {remedy}"
     )

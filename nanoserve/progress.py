@@ -48,3 +48,19 @@ class QuestionBar(Bar):
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Show the state, if it is time to."""
         self.show(done, total, f"{done:,} of {total:,} questions  {note}")
+
+
+class KernelBar(Bar):
+    """Progress of compiling. Call it with (jobs done, jobs in all, kernels so far)."""
+
+    def __call__(self, done: int, total: int, kernels: int) -> None:
+        """Show the state, if it is time to."""
+        self.show(done, total, f"{done} of {total} jobs, {kernels:,} kernels")
+
+
+class OpBar(Bar):
+    """Progress over ops. Call it with (done, in all, the next one)."""
+
+    def __call__(self, done: int, total: int, op: str) -> None:
+        """Show the state, if it is time to."""
+        self.show(done, total, f"{done} of {total} cases  {op}")

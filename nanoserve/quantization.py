@@ -30,12 +30,13 @@ class Format(enum.Enum):
 GROUP = 16
 """Weights that share an NVFP4 block scale."""
 
-# Activations stay unquantised here, so NVFP4 with 4-bit activations is stored and run as its weight-only twin.
+_WEIGHT_ONLY = "W4A16_NVFP4"
+# NVFP4 with 4-bit activations is stored as its weight-only twin, and run as it but by backends that say otherwise.
 _ALGORITHMS: Mapping[str | None, Format] = {
     None: Format.BF16,
     "FP8": Format.FP8,
     "NVFP4": Format.NVFP4,
-    "W4A16_NVFP4": Format.NVFP4,
+    _WEIGHT_ONLY: Format.NVFP4,
 }
 _MIXED = "MIXED_PRECISION"
 _ALL_LINEAR = "Linear"
@@ -98,11 +99,13 @@ class Quantization:
     Attributes:
         kv_cache_fp8: the checkpoint declares an FP8 KV cache.
         source: the file name(s) it comes from, for messages.
+        weight_only: NVFP4 weights were made for activations that are not quantised.
     """
 
     kv_cache_fp8: bool
     source: str
     _rules: tuple[_Rules, ...] = ()
+    weight_only: bool = False
 
     @property
     def declared(self) -> bool:
@@ -140,20 +143,24 @@ def parse(config_json: Mapping[str, Any], hf_quant_json: Mapping[str, Any] | Non
         CheckpointError: an entry is malformed, or two entries contradict one another.
     """
     rules: list[_Rules] = []
+    tables: list[Mapping[str, Any]] = []
     if hf_quant_json is not None:
         table = _table(HF_QUANT_CONFIG, "quantization", hf_quant_json.get("quantization"))
         rules.append(_read(HF_QUANT_CONFIG, table))
+        tables.append(table)
     if config_json.get("quantization_config"):
         table = _table(CONFIG, "quantization_config", config_json["quantization_config"])
         _check_method(table)
         if "quantization" in table:  # ModelOpt's older spelling wraps the other file's object
             table = _table(CONFIG, "quantization_config.quantization", table["quantization"])
         rules.append(_read(CONFIG, table))
+        tables.append(table)
     kv = {rule.kv_cache_fp8 for rule in rules} - {None}
     if len(kv) > 1:
         raise CheckpointError(HF_QUANT_CONFIG, f"its KV cache format contradicts {CONFIG}: restore one of them")
     source = " and ".join(rule.file for rule in rules) or CONFIG
-    quantization = Quantization(kv_cache_fp8=True in kv, source=source, _rules=tuple(rules))
+    weight_only = any(map(_is_weight_only, tables))
+    quantization = Quantization(True in kv, source, tuple(rules), weight_only)
     if len(rules) > 1:
         for name in dict.fromkeys(name for rule in rules for name in rule.names):
             quantization.format_of(name)
@@ -182,6 +189,15 @@ def _read(file: str, table: Mapping[str, Any]) -> _Rules:
     grouped = [(stored, [g for g, s in globs.items() if s is stored]) for stored in (Format.FP8, Format.NVFP4)]
     patterns = tuple((found, stored) for stored, each in grouped if (found := _pattern(each)))
     return _Rules(file, names, excluded, patterns, default, _kv_cache_fp8(file, table))
+
+
+def _is_weight_only(table: Mapping[str, Any]) -> bool:
+    """Whether NVFP4 weights are named as weight-only; the table has been read, and is well-formed."""
+    given = (_given(table, key, {}) for key in ("quantized_layers", "config_groups"))
+    layers, groups = (cast("Mapping[str, Any]", value) for value in given)
+    named = any(entry.get("quant_algo") == _WEIGHT_ONLY for entry in (table, *layers.values()))
+    four = [group for group in groups.values() if group["weights"]["num_bits"] == 4]
+    return named or any(not group.get("input_activations") for group in four)
 
 
 _Claims = list[tuple[str, Format]]

@@ -6,7 +6,7 @@ routers' are made so that tokens choose nearly as many experts as chance would (
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from nanoserve.files import SHAPES_FOLDER
 from nanoserve.models.nemotron_h import Fields
 from nanoserve.quantization import Format, parse
 from nanoserve.random_checkpoint import random_values
-from nanoserve.startup import Prepared, prepare
+from nanoserve.startup import Examined, Prepared, examine, prepare
 from nanoserve.weights import DTYPES, Item, Manifest, Part, Progress, finish, kept_shape
 
 _QUIETER = {"gate": 1 / 3, "bias": 0.1}
@@ -42,18 +42,31 @@ def shape_checkpoint(name: ShapeName) -> Checkpoint:
     return Checkpoint(Path(data["release"]), data["config"], {}, parse({}, {"quantization": table}), {})
 
 
-def prepare_shape(name: ShapeName, options: EngineConfig) -> Prepared:
+def prepare_shape(name: ShapeName, options: EngineConfig, say: Callable[[str], None] | None = None) -> Prepared:
     """As `nanoserve.startup.prepare`, for a released geometry.
 
     Raises:
         BackendError, ConfigError, MemoryPlanError: as there.
     """
-    prepared = prepare(shape_checkpoint(name), options)
+    prepared = prepare(shape_checkpoint(name), options, *((say,) if say else ()))
+    return replace(prepared, manifest=_with_router(prepared.manifest, name))
+
+
+def examine_shape(name: ShapeName, options: EngineConfig) -> Examined:
+    """As `nanoserve.startup.examine`, for a released geometry.
+
+    Raises:
+        BackendError, ConfigError: as there.
+    """
+    examined = examine(shape_checkpoint(name), options)
+    return replace(examined, manifest=_with_router(examined.manifest, name))
+
+
+def _with_router(manifest: Manifest, name: ShapeName) -> Manifest:
+    """The router's type, which the JSON files do not tell."""
     router = _read(name)["router"]
-    items = tuple(
-        _stored_as(item, router) if item.entry.field == "gate" else item for item in prepared.manifest.items
-    )
-    return replace(prepared, manifest=replace(prepared.manifest, items=items))
+    items = tuple(_stored_as(item, router) if item.entry.field == "gate" else item for item in manifest.items)
+    return replace(manifest, items=items)
 
 
 def _read(name: ShapeName) -> Mapping[str, Any]:
@@ -96,6 +109,8 @@ def _part(item: Item, part: Part, random: torch.Generator) -> Tensor:
         case Format.NVFP4, "scales":  # bit patterns of E4M3 from 1 up to 2
             codes = torch.randint(0x38, 0x40, shape, generator=random, dtype=torch.uint8, device=device)
             return codes.view(torch.float8_e4m3fn)
+        case Format.NVFP4, "input":  # amax / (6 * 448), and values are a few times 1
+            return torch.full(shape, 1 / 256, device=device)
         case Format.NVFP4, _:
             return torch.full(shape, _deviation(item) / (1.5 * _CODES_RMS), device=device)
         case Format.FP8, "scale":

@@ -1,21 +1,27 @@
 """From options and a checkpoint to a running engine, in the order a user sees it."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from nanoserve.cache import Cache, CacheShape
+from nanoserve.calibrating import calibrated
 from nanoserve.checkpoint import Checkpoint
 from nanoserve.config import EngineConfig
+from nanoserve.dense_scales import dense_scales, with_dense
 from nanoserve.engine import Engine
 from nanoserve.errors import BackendError, ConfigError, MemoryPlanError
+from nanoserve.experts import expert_costs, expert_facts, with_prepared
 from nanoserve.graph import Capture, Decoder, obstacles
+from nanoserve.kernels.place import Experts
 from nanoserve.kernels.sample import SamplerState
 from nanoserve.kernels.table import Ops, select
 from nanoserve.models.config import NemotronHConfig
 from nanoserve.models.nemotron_h import Fields, NemotronH
+from nanoserve.op_cases import Subject
 from nanoserve.plan import MemoryPlan, plan_memory, size
 from nanoserve.step import DecodeBuffers
 from nanoserve.weights import Manifest, Progress, load, resolve
@@ -43,6 +49,16 @@ class Examined:
     def end_ids(self) -> frozenset[int]:
         """What ends an answer; an id beyond the vocabulary can never come, so it can never end anything."""
         return frozenset(id for id in self.checkpoint.eos_token_ids if id < self.config.vocab_size)
+
+    @property
+    def experts(self) -> Experts | None:
+        """The routed experts, as backends see them."""
+        return expert_facts(self.config, self.manifest)
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """Op → backend."""
+        return {row.op: row.backend for row in self.ops.report}
 
     @property
     def prefill_chunk(self) -> int:
@@ -77,6 +93,8 @@ class Examined:
             keys_at_once=self.ops.backend("attention_prefill") == "torch",
             available=free_memory(self.device),
             fraction=self.options.memory_fraction,
+            experts=expert_costs(self.experts, self.backends, self.prefill_chunk),
+            dense_scales=dense_scales(self.manifest, self.backends),
         )
 
 
@@ -98,24 +116,40 @@ def examine(checkpoint: Checkpoint, options: EngineConfig) -> Examined:
     manifest = resolve(checkpoint, config)
     device = pick_device(options)
     dtype, kv_dtype = pick_dtypes(options, device.type, checkpoint.quantization.kv_cache_fp8)
-    ops = select(device, dtype, options.ops)
+    ops = select(device, dtype, options.ops, expert_facts(config, manifest))
     if options.decode == "graph" and (blocked := obstacles(ops, device)):
         raise BackendError(f"decode is 'graph', and {'; '.join(map(str, blocked))}: use 'auto' or 'eager'")
     shape = CacheShape(0, options.page_size, kv_dtype, dtype)
     return Examined(checkpoint, options, config, manifest, device, ops, shape)
 
 
-def prepare(checkpoint: Checkpoint, options: EngineConfig) -> Prepared:
-    """Check everything, and fit it into the device's memory.
+def _silent(line: str) -> None:
+    """Libraries do not print."""
+
+
+def prepare(checkpoint: Checkpoint, options: EngineConfig, say: Callable[[str], None] = _silent) -> Prepared:
+    """Check everything, choose the fastest backend where several are able, and fit it into the device's memory.
+
+    Args:
+        checkpoint: the model.
+        options: the engine's.
+        say: called with a line now and then, where something is measured.
 
     Raises:
         CheckpointError, UnsupportedModel, BackendError, ConfigError: as `examine`.
         MemoryPlanError: it does not fit.
     """
     e = examine(checkpoint, options)
+    if options.calibrate:
+        e = replace(e, ops=calibrated(subject_of(e), e.ops, options.ops, say)[0])
     memory = e.plan()
     shape = replace(e.shape, max_context=memory.max_context)
     return Prepared(e.checkpoint, e.options, e.config, e.manifest, e.device, e.ops, shape, memory)
+
+
+def subject_of(e: Examined) -> Subject:
+    """What ops are checked and timed for."""
+    return Subject.of(e.config, e.manifest, e.device, e.shape.conv_dtype, e.shape.kv_dtype)
 
 
 def load_engine(prepared: Prepared, progress: Progress) -> Engine:
@@ -146,7 +180,10 @@ def assemble(prepared: Prepared, fields: Fields) -> Engine:
     """
     p = prepared
     scales = tuple((fields[i, "k_scale"], fields[i, "v_scale"]) for i in p.config.layers("*"))
-    model = NemotronH.build(p.config, p.ops, p.shape.conv_dtype, fields)
+    dtype = p.shape.conv_dtype
+    fields = with_prepared(fields, p.experts, p.backends, p.prefill_chunk, dtype, p.device)
+    fields = with_dense(fields, p.manifest, p.backends)
+    model = NemotronH.build(p.config, p.ops, dtype, fields)
     cache = Cache.allocate(p.config, p.shape, p.device, scales)
     buffers = DecodeBuffers.allocate(p.config.vocab_size, p.device)
     sampler = SamplerState.allocate(p.config.vocab_size, p.device)
@@ -186,8 +223,12 @@ def pick_dtypes(options: EngineConfig, device_type: str, kv_declared_fp8: bool) 
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on the device; on the CPU the least of what the machine and the control group leave."""
-    if device.type == "cuda":
+    """Bytes free on the device; on the CPU the least of what the machine and the control group leave.
+
+    A GPU that shares the CPU's memory (DGX Spark) is asked like the CPU: the driver does not count what the system
+    holds of files, tens of gigabytes once a checkpoint was read, which it gives up when it is asked for memory.
+    """
+    if device.type == "cuda" and not shares_memory(device):
         # What torch has freed and kept (an engine closed before this one, say) is as good as free.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -195,6 +236,11 @@ def free_memory(device: torch.device) -> int:
     free = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:"))
     limit, used, cached = _control_group(Path("/sys/fs/cgroup"))
     return free if limit is None else min(free, max(limit - used + cached, 0))
+
+
+def shares_memory(device: torch.device) -> bool:
+    """Whether a GPU has no memory of its own."""
+    return bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", False))
 
 
 def _control_group(group: Path) -> tuple[int | None, int, int]:

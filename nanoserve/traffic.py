@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanoserve.engine import Engine
 from nanoserve.kernels.fused import MoeWeights
+from nanoserve.kernels.linear import Nvfp4
 from nanoserve.models.layers import Attention, Mamba, Mlp, MoE
 
 _GPU_BYTES, _CPU_BYTES = 4 << 30, 256 << 20
@@ -53,6 +54,8 @@ def nbytes(value: Any) -> int:
     """Bytes of the tensors in a dataclass or tuple, however deep; everything else weighs nothing."""
     if isinstance(value, Tensor):
         return value.nbytes
+    if isinstance(value, Nvfp4):
+        value = replace(value, prepared=None)  # the same scales once more, of which a token reads one
     if is_dataclass(value) and not isinstance(value, type):
         return sum(nbytes(getattr(value, field.name)) for field in fields(value))
     return sum(map(nbytes, value)) if isinstance(value, tuple) else 0  # pyright: ignore[reportUnknownVariableType]

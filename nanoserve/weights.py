@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor a weight is made of: ``role`` is data, scales or scale; ``names`` has one a stacked expert."""
+    """One tensor a weight is made of: ``role`` is data, scales, scale or input; ``names`` has one an expert."""
 
     role: str
     names: tuple[str, ...]
@@ -77,6 +77,7 @@ class Manifest:
     Attributes:
         items: in the WEIGHTS table's order.
         unused: scales of quantised activations, which weight-only arithmetic does not need; they are checked.
+            Those of NVFP4 experts are items, for backends that quantise what experts read.
         skipped_mtp: tensors of the multi-token-prediction block, left unread until the engine speculates.
         skipped_mtp_bytes: their size.
     """
@@ -106,7 +107,10 @@ def resolve(checkpoint: Checkpoint, config: NemotronHConfig) -> Manifest:
     for name, info in checkpoint.tensors.items():
         if name not in seen and not name.startswith("mtp."):
             raise CheckpointError(info.file, "the model has no such tensor", shown(info.name))
-    unused = tuple(info for name, info in checkpoint.tensors.items() if name in seen and _is_input_scale(name))
+    kept = {name for item in items for part in item.parts for name in part.names}
+    unused = tuple(
+        info for name, info in checkpoint.tensors.items() if name in seen - kept and _is_input_scale(name)
+    )
     return Manifest(items, unused, len(mtp), sum(info.nbytes for info in mtp))
 
 
@@ -125,7 +129,15 @@ def _declared(
         return Item(layer, entry, Format.BF16, (Part("data", (prefix + entry.name,), "BF16", shape),))
     modules = _modules(entry, prefix, config)
     declared = checkpoint.quantization.format_of(modules[0]) or Format.BF16
-    return Item(layer, entry, declared, _parts(declared, modules, "BF16", shape))
+    inputs = () if checkpoint.quantization.weight_only else _inputs(entry, declared, modules)
+    return Item(layer, entry, declared, (*_parts(declared, modules, "BF16", shape), *inputs))
+
+
+def _inputs(entry: Entry, format_: Format, modules: tuple[str, ...]) -> tuple[Part, ...]:
+    """By what each of a layer's NVFP4 experts divides its activations to quantise them."""
+    if entry.kind is not Kind.EXPERTS or format_ is not Format.NVFP4:
+        return ()
+    return (Part("input", tuple(f"{module}.input_scale" for module in modules), "F32", ()),)
 
 
 def _modules(entry: Entry, prefix: str, config: NemotronHConfig) -> tuple[str, ...]:
@@ -196,6 +208,9 @@ def _found(
             for name in (f"{module}.input_scale" for module in modules if f"{module}.input_scale" in tensors):
                 _check_tensor(tensors[name], scale)
                 seen.add(name)
+        inputs = _inputs(entry, format_, modules)
+        if all(name in tensors for part in inputs for name in part.names):
+            parts += inputs
     else:
         format_, name = Format.BF16, prefix + entry.name
         parts = (Part("data", (name,), _float_dtype(_need(tensors, name)), shape),)
@@ -339,4 +354,4 @@ def finish(item: Item, tensors: Mapping[str, Tensor]) -> Any:
         case _, Format.FP8:
             return Fp8(tensors["data"], tensors["scale"])
         case _, Format.NVFP4:
-            return Nvfp4(tensors["data"], tensors["scales"], tensors["scale"])
+            return Nvfp4(tensors["data"], tensors["scales"], tensors["scale"], tensors.get("input"))

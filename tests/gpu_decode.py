@@ -364,7 +364,7 @@ def check_tokens(report: Report) -> None:
 def main() -> None:
     torch.manual_seed(int(time.time()))
     if REHEARSE:
-        table.REQUIREMENTS = {**table.REQUIREMENTS, "triton": lambda device, dtype: None}  # pyright: ignore
+        table.REQUIREMENTS = {**table.REQUIREMENTS, "triton": lambda place: None}  # pyright: ignore
     report = Report(Path(sys.argv[2]) / f"{'_'.join(('gpu_decode', *sys.argv[3:4]))}.json")
     name = "rehearsal" if REHEARSE else torch.cuda.get_device_name()
     report.add("head", {"commit": sys.argv[1], "torch": torch.__version__, "device": name})

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanoserve.kernels import random_inputs
 from nanoserve.kernels.fused import GATE_TICKETS, MoeWeights, Norm, tickets
-from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
+from nanoserve.kernels.linear import Weight
+from nanoserve.kernels.random_inputs import random_norm
 from nanoserve.kernels.triton_experts import down_products, front, moe_add_norm, up_products
 from nanoserve.kernels.triton_linear import linears_add_norm, products
 from nanoserve.kernels.weight_launches import Shape
@@ -22,25 +24,11 @@ Calls = list[Callable[[], object]]
 
 
 def random_tokens(count: int, width: int, device: torch.device = CUDA) -> Tensor:
-    return torch.randn(count, width, device=device).to(BF16)
+    return random_inputs.random_tokens(count, width, device)
 
 
 def random_weight(bits: int, *shape: int, device: torch.device = CUDA) -> Weight:
-    """Values of about 1 / sqrt(columns), in every code that the format has."""
-    leading, (rows, columns) = shape[:-2], shape[-2:]
-    spread = columns**-0.5
-    match bits:
-        case 4:
-            data = torch.randint(0, 256, (*leading, rows, columns // 2), dtype=torch.uint8, device=device)
-            scales = torch.randint(0x28, 0x48, (*leading, rows, columns // 16), dtype=torch.uint8, device=device)
-            # Codes spread by 2.6, these scales by about 1.1.
-            return Nvfp4(data, scales.view(torch.float8_e4m3fn), torch.full(leading, spread / 3, device=device))
-        case 8:
-            data = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-            data = torch.where((data & 0x7F) == 0x7F, data & 0x80, data)  # not NaN
-            return Fp8(data.view(torch.float8_e4m3fn), torch.full(leading, spread / 80, device=device))
-        case _:
-            return Plain((torch.randn(shape, device=device) * spread).to(BF16))
+    return random_inputs.random_weight(bits, *shape, device=device)
 
 
 def every_block() -> tuple[Tensor, Tensor]:
@@ -56,7 +44,7 @@ def product_error(got: Tensor, x: Tensor, w: Weight) -> float:
 
 
 def norm_on(size: int, device: torch.device = CUDA) -> Norm:
-    return Norm.of(1 + 0.1 * torch.randn(size, device=device), 1e-5)
+    return random_norm(size, device)
 
 
 def moe_on(s: Shape, device: torch.device = CUDA) -> MoeWeights:

@@ -30,7 +30,7 @@ from unittest.mock import patch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import compile_prefill
+
 import torch
 import triton
 from gpu_inputs import random_tokens
@@ -51,7 +51,7 @@ from prefill_cases import (
     routing,
 )
 
-from nanoserve.kernels import triton_linear
+from nanoserve.kernels import prefill_launches, triton_linear
 from nanoserve.kernels.linear import Plain, relu2
 from nanoserve.kernels.prefill_experts import experts_prefill, group, planes
 from nanoserve.kernels.prefill_router import router_many
@@ -98,7 +98,7 @@ def compile_job(job: tuple[str, tuple[Any, ...]]) -> str:
 
     triton.runtime.jit.JITFunction.run = warm  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        getattr(compile_prefill, name)(*arguments)
+        getattr(prefill_launches, name)(*arguments)
     except Exception as error:  # noqa: BLE001 whatever it is, it will show when the kernel is launched
         return f"{job}: {error}"
     finally:

@@ -8,11 +8,10 @@ import torch
 from gpu_inputs import random_weight
 from torch import Tensor
 
-from nanoserve.kernels import mamba
 from nanoserve.kernels.attention import LayerKV
 from nanoserve.kernels.linear import Weight
-from nanoserve.kernels.mamba import MambaState, MambaWeights
-from nanoserve.kernels.ssm import SsmWeights
+from nanoserve.kernels.mamba import MambaState
+from nanoserve.kernels.random_inputs import attention_inputs, mamba_inputs, random_routing
 from nanoserve.kernels.weight_launches import SHAPES, Shape
 
 REHEARSE = os.environ.get("TRITON_INTERPRET") == "1"
@@ -58,8 +57,7 @@ def experts_case(name: str, bits: int) -> tuple[Weight, Weight, Shape]:
 
 def routing(count: int, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
     """Every token to experts of its own, chosen by chance."""
-    ids = torch.rand(count, experts, device=DEVICE).topk(top_k, dim=-1).indices.int()
-    return ids, torch.rand(count, top_k, device=DEVICE)
+    return random_routing(count, experts, top_k, DEVICE)
 
 
 def dense_weights(bits: int, rows: int, columns: int, count: int) -> list[Weight]:
@@ -68,27 +66,11 @@ def dense_weights(bits: int, rows: int, columns: int, count: int) -> list[Weight
 
 def mamba_case(count: int, heads: int, size: int, groups: int, states: int) -> tuple[Tensor, Any, MambaState]:
     """(in_proj's output, weights, state)."""
-    inner = heads * size
-    channels = inner + 2 * groups * states
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=DEVICE)
-
-    numbers = SsmWeights(torch.log(1 + 15 * torch.rand(heads, device=DEVICE)), normal(heads), normal(heads) - 3)
-    weights = MambaWeights(
-        normal(channels, 4) * 0.5, normal(channels) * 0.1, numbers, 1 + normal(inner) / 10, 1e-5
-    )
-    state = mamba.state_of(normal(channels, 3).to(BF16), normal(heads, size, states), groups)
-    return normal(count, inner + channels + heads).to(BF16), weights, state
+    return mamba_inputs(count, (heads, size, groups, states, 4), DEVICE)
 
 
 def attention_case(
     count: int, length: int, heads: int, kv_heads: int, dim: int, kv: torch.dtype
 ) -> tuple[Tensor, LayerKV, Tensor, Tensor]:
     """(q, pages, their order, positions)."""
-    used = -(-length // 16)
-    k, v = (torch.randn((used + 3, 16, kv_heads, dim), device=DEVICE).clamp(-3, 3).to(kv) for _ in range(2))
-    cache = LayerKV(k, v, 0.5, 0.25) if kv == FP8 else LayerKV(k, v)
-    pages = torch.randperm(used + 3, device=DEVICE)[:used].int()
-    q = torch.randn((count, heads, dim), device=DEVICE).to(BF16)
-    return q, cache, pages, torch.arange(length - count, length, device=DEVICE)
+    return attention_inputs(count, length, (heads, kv_heads, dim), kv, DEVICE)

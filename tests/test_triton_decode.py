@@ -15,6 +15,7 @@ from nanoserve.config import EngineConfig
 from nanoserve.kernels import attention, mamba, sample, table, tiles, triton_attention, triton_mamba, triton_sample
 from nanoserve.kernels.attention import LayerKV
 from nanoserve.kernels.mamba import MambaState, MambaWeights
+from nanoserve.kernels.place import Place
 from nanoserve.kernels.sample import NOT_FINITE, SamplerState
 from nanoserve.kernels.ssm import SsmWeights
 from nanoserve.request import Request, SamplingParams, Token
@@ -236,7 +237,7 @@ def test_the_engine_answers_alike_on_these_kernels(
 ) -> None:
     """Decode steps interpreted: the reference's tokens and logprobs."""
 
-    def anywhere(device: torch.device, dtype: torch.dtype) -> None:
+    def anywhere(place: Place) -> None:
         return None
 
     monkeypatch.setattr(table, "REQUIREMENTS", {**table.REQUIREMENTS, "triton": anywhere})

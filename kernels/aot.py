@@ -3,9 +3,12 @@
 with recorded() as launches:
     op(*tensors_on_the_meta_device)
 for launch in launches:
-    launch.compiled("sm_120")
+    launch.compiled("sm_120a")
+
+Triton's interpreter and its compiler do not go together in one process.
 """
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -22,9 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-ARCHITECTURES = ("sm_90", "sm_120", "sm_121")
-SHARED_LIMIT = {"sm_90": 232_448, "sm_120": 101_376, "sm_121": 101_376}
-"""Bytes of shared memory that a block may have."""
+from nanoserve.kernels.chips import capability
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -40,9 +41,17 @@ _POINTERS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Compiled:
-    """What the compiler says of one kernel."""
+    """What the compiler says of one kernel.
+
+    Attributes:
+        name: the kernel's function.
+        shared: bytes of shared memory a block.
+        registers: a thread.
+        spilled: bytes of registers kept on the stack, stores and loads together.
+        ptx: the assembly.
+    """
 
     name: str
     shared: int
@@ -51,9 +60,16 @@ class Compiled:
     ptx: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch of a kernel, as its wrapper made it."""
+    """One launch of a kernel, as its wrapper made it.
+
+    Attributes:
+        kernel: the jitted function.
+        grid: of programs.
+        arguments: by the kernel's names.
+        options: of the launch, num_warps and the like.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -82,20 +98,31 @@ class Launch:
                 hints[index,] = [["tt.divisibility", 16]]
         return signature, values, hints
 
+    def key(self, architecture: str) -> str:
+        """A digest of all that the compiler's result depends on: kernel, arguments, options, chip, versions."""
+        parts = (self.kernel.cache_key, self.signature(), sorted(self.options.items()), architecture)
+        return hashlib.sha256(repr((*parts, triton.__version__)).encode()).hexdigest()
+
     def compiled(self, architecture: str) -> Compiled:
-        """Compile it."""
+        """Compile it for a chip, such as sm_120a; a plain sm_120 is the same to Triton, which targets sm_120a."""
         source = ASTSource(self.kernel, *self.signature())  # pyright: ignore[reportArgumentType]
-        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+        target = GPUTarget("cuda", _number(architecture), 32)
         built: Any = triton.compile(source, target=target, options=dict(self.options))
         return _resources(self.kernel.__name__, built.metadata.shared, built.asm, architecture)
 
 
+def _number(architecture: str) -> int:
+    major, minor = capability(architecture)
+    return 10 * major + minor
+
+
 def _resources(name: str, shared: int, asm: Mapping[str, Any], architecture: str) -> Compiled:
-    ptxas = get_ptxas(int(architecture.removeprefix("sm_"))).path
+    number = _number(architecture)
+    ptxas = get_ptxas(number).path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(asm["ptx"])
-        command = [ptxas, "-v", f"--gpu-name={architecture}a", str(path), "-o", str(Path(folder) / "out")]
+        command = [ptxas, "-v", f"--gpu-name=sm_{number}a", str(path), "-o", str(Path(folder) / "out")]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(map(int, re.findall(r"Used (\d+) registers", report)))
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
