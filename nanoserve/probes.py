@@ -3,6 +3,7 @@
 Each probe answers what it found or why it could not; none raises.
 """
 
+import ctypes
 import os
 import re
 import shutil
@@ -11,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -210,13 +210,13 @@ def _flashinfer_fault() -> str | None:
 
 
 def _driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the driver takes."""
-    import torch
-
-    if not torch.cuda.is_available():
+    """The newest CUDA that the driver takes; None where there is no driver."""
+    number = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
         return None
-    number = int(import_module("torch._C")._cuda_getDriverVersion())  # which only torch for CUDA has
-    return number // 1000, number % 1000 // 10
+    return None if failed else (number.value // 1000, number.value % 1000 // 10)
 
 
 def _version(package: str) -> str | None:
