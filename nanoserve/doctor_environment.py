@@ -157,7 +157,7 @@ def _cutlass(m: Machine) -> Iterator[Finding]:
 def _flashinfer(m: Machine) -> Iterator[Finding]:
     version = m.versions["flashinfer-python"]
     if version is None:
-        yield Finding("flashinfer", "not installed", "absent", "pip install 'flashinfer-python>=0.7.2,<0.8'")
+        yield Finding("flashinfer", "not installed", "absent", "pip install 'flashinfer-python>=0.7.4,<0.8'")
     elif m.flashinfer_fault:
         value = f"{version}, broken: {m.flashinfer_fault}"
         yield Finding(
