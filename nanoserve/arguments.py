@@ -23,9 +23,20 @@ def argument(schema: Mapping[str, Any], key: str, value: str) -> str:
         The value in the first of the schema's types that it fits; a string where it fits none, or none is given.
     """
     value = value.removeprefix("\n").removesuffix("\n")
+    return f"{_json(key)}: {_json(_typed(value, _types_of(schema, key)))}"
+
+
+def has_strings(schema: Mapping[str, Any], key: str) -> bool:
+    """Whether a parameter's value is JSON that may have strings in it, and no string itself."""
+    types = _types_of(schema, key)
+    return "string" not in types and not {"array", "object"}.isdisjoint(types)
+
+
+def _types_of(schema: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """The JSON types of a parameter, in its schema's order."""
     properties: object = schema.get("properties")
     own = cast("Mapping[str, Any]", properties).get(key) if isinstance(properties, Mapping) else None
-    return f"{_json(key)}: {_json(_typed(value, tuple(dict.fromkeys(_types(own, schema, set())))))}"
+    return tuple(dict.fromkeys(_types(own, schema, set())))
 
 
 def _types(schema: object, root: Mapping[str, Any], seen: set[str], depth: int = 0) -> Iterator[str]:
