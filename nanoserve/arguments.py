@@ -23,7 +23,11 @@ def argument(schema: Mapping[str, Any], key: str, value: str) -> str:
         The value in the first of the schema's types that it fits; a string where it fits none, or none is given.
     """
     value = value.removeprefix("\n").removesuffix("\n")
-    return f"{_json(key)}: {_json(_typed(value, _types_of(schema, key)))}"
+    try:
+        written = _json(_typed(value, _types_of(schema, key)))
+    except ValueError:  # a number that Python takes for infinity
+        written = value.strip()
+    return f"{_json(key)}: {written}"
 
 
 def has_strings(schema: Mapping[str, Any], key: str) -> bool:
@@ -120,4 +124,4 @@ def _refuse(word: str) -> None:
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -317,6 +317,11 @@ def test_arguments_whose_schema_stands_elsewhere() -> None:
         assert json.loads("{" + argument(schema, key, value) + "}") == {key: expected}
 
 
+@pytest.mark.parametrize(("kind", "value"), [("number", "1e999"), ("number", "-1E+400"), ("array", "[1, 1e999]")])
+def test_a_number_beyond_floats_stays_json(kind: str, value: str) -> None:
+    assert argument({"properties": {"k": {"type": kind}}}, "k", f"\n{value}\n") == f'"k": {value}'
+
+
 def test_arguments_without_properties_are_strings() -> None:
     assert argument({}, "k", "1") == '"k": "1"'
     assert argument({"properties": []}, 'a"b', "1") == '"a\\"b": "1"'
