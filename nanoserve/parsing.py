@@ -318,7 +318,7 @@ class Parser:
 
     def _in_value(self, final: bool) -> Iterator[Part]:
         """A parameter's value."""
-        end = self._end_of_value(final)
+        end = self._end_of_value()
         if end is None:
             return  # a value that is cut off is no value
         value = self._text[: end.start()]
@@ -329,16 +329,16 @@ class Parser:
             comma = ", " if len(self._given) > 1 else ""
             yield CallArguments(self.calls - 1, comma + argument(self.tools[self._name], self._key, value))
 
-    def _end_of_value(self, final: bool) -> re.Match[str] | None:
+    def _end_of_value(self) -> re.Match[str] | None:
         """The first tag that ends a value and stands in no JSON string, if such strings may be in it."""
         text = self._text
         while True:
             if self._string:
                 inside = _IN_STRING.match(text, self._searched)
                 stop = self._searched = inside.end() if inside else self._searched
-                if stop >= len(text) - text.endswith("\\") and not final:
+                if stop >= len(text) - text.endswith("\\"):
                     return None
-                # Without its closing quote it is no string, and hides nothing.
+                # Where its line ends without a quote it is no string, and hides nothing.
                 if not text.startswith('"', stop) and (found := _END.search(text, self._string, stop)):
                     return found
                 self._searched, self._string = stop + 1, 0

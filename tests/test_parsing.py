@@ -180,7 +180,6 @@ def test_a_tag_in_a_json_string_is_text(tag: str) -> None:
     ("written", "arguments"),
     [
         ('["a</parameter>\n<parameter=s>x', {"list": '["a', "s": "x"}),
-        ('["a</parameter><parameter=s>x', {"list": '["a', "s": "x"}),
         ('["a\n</parameter><parameter=s>x', {"list": '["a', "s": "x"}),
         ('["a\\\n</parameter><parameter=s>x', {"list": '["a\\', "s": "x"}),
         ('["a", "b</parameter>\n<parameter=s>"x"', {"list": '["a", "b', "s": '"x"'}),
@@ -192,6 +191,13 @@ def test_a_string_that_lacks_its_end_hides_no_tag(written: str, arguments: Mappi
     for cuts in ((), range(len(text))):
         ((name, data),) = parse(text, thinking=False, cuts=cuts)[2]
         assert (name, json.loads(data)) == ("f", arguments)
+
+
+@pytest.mark.parametrize("rest", ["", "\\", "</parameter>", "</parameter><parameter=s>x</parameter></function>"])
+def test_a_string_that_is_cut_off_is_no_value(rest: str) -> None:
+    text = f'<tool_call><function=f><parameter=n>1</parameter><parameter=list>["a{rest}'
+    assert parse(text, thinking=False, cuts=range(len(text))) == ("", "", [("f", '{"n": 1}')])
+    assert parse(text, thinking=False) == ("", "", [("f", '{"n": 1}')])
 
 
 @pytest.mark.parametrize("piece", ["text ", '\\"', '"', '</function>", "'])
