@@ -13,9 +13,8 @@ from typing import Any, NoReturn, cast
 
 from llguidance import regex_to_lark
 
-from nanoserve.arguments import argument
+from nanoserve.arguments import ENDS, argument
 from nanoserve.grammar_schema import MAX_TEXT, Schema, clean_schema, refuse, resolve, with_options
-from nanoserve.parsing import ENDS
 from nanoserve.request import brief
 
 MAX_PARAMETERS = 64

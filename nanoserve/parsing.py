@@ -12,21 +12,14 @@ or an object that is a call's parameter.
 """
 
 import enum
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanoserve.arguments import argument, has_strings
+from nanoserve.arguments import ValueEnd, argument
 
 _ALWAYS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 _OF_CALLS = ("<function=", "</function>", "<parameter=", "</parameter>")
-ENDS = ("</parameter>", "<parameter=", "</function>", "<tool_call>", "</tool_call>", "<function=")
-"""The tags that end a parameter's value; a missing ``</parameter>`` is tolerated before the others."""
-_END = re.compile("|".join(ENDS))
-_END_OR_STRING = re.compile(f'"|{_END.pattern}')
-_IN_STRING = re.compile(r'(?:[^"\\\n]|\\[^\n])*+')
-"""What may come in a JSON string; a line feed may not."""
 _LONGEST = max(map(len, (*_ALWAYS, *_OF_CALLS)))
 _MAX_NAME = 256
 """Characters of a function's or parameter's name; with more before its ``>`` it is none."""
@@ -161,9 +154,7 @@ class Parser:
     _given: dict[str, str] = field(default_factory=dict[str, str])
     _state: _State = field(init=False)
     _around: _State = field(init=False, default=_State.CONTENT)  # what a tag of a call was found in
-    _ends: re.Pattern[str] = _END  # what to look for in a value
-    _searched: int = 0  # characters of a value that hold no tag
-    _string: int = 0  # where a JSON string in it begins that is still open; 0: none is
+    _end: ValueEnd = field(init=False)  # of the value
     _lead: int = field(init=False)  # line feeds that may still be dropped
     _reasoning: _Channel = field(init=False)
     _content: _Channel = field(init=False)
@@ -303,8 +294,7 @@ class Parser:
             return
         if key:
             self._text = self._text[len("<parameter=") + len(key) + 1 :]
-            self._key, self._state, self._searched, self._string = key, _State.VALUE, 0, 0
-            self._ends = _END_OR_STRING if has_strings(self.tools[self._name], key) else _END
+            self._key, self._state, self._end = key, _State.VALUE, ValueEnd(self.tools[self._name], key)
             return
         if self._text.startswith("</parameter>"):  # one too many
             self._text = self._text[len("</parameter>") :]
@@ -317,8 +307,8 @@ class Parser:
         self._state = _State.OVER if self.single else _State.CALL
 
     def _in_value(self, final: bool) -> Iterator[Part]:
-        """A parameter's value."""
-        end = self._end_of_value()
+        """A parameter's value; a missing end is tolerated before the next tag of a call."""
+        end = self._end.find(self._text)
         if end is None:
             return  # a value that is cut off is no value
         value = self._text[: end.start()]
@@ -328,26 +318,6 @@ class Parser:
             self._given[self._key] = value
             comma = ", " if len(self._given) > 1 else ""
             yield CallArguments(self.calls - 1, comma + argument(self.tools[self._name], self._key, value))
-
-    def _end_of_value(self) -> re.Match[str] | None:
-        """The first tag that ends a value and stands in no JSON string, if such strings may be in it."""
-        text = self._text
-        while True:
-            if self._string:
-                inside = _IN_STRING.match(text, self._searched)
-                stop = self._searched = inside.end() if inside else self._searched
-                if stop >= len(text) - text.endswith("\\"):
-                    return None
-                # Where its line ends without a quote it is no string, and hides nothing.
-                if not text.startswith('"', stop) and (found := _END.search(text, self._string, stop)):
-                    return found
-                self._searched, self._string = stop + 1, 0
-            found = self._ends.search(text, self._searched)
-            if found is None:
-                self._searched = max(self._searched, len(text) - _LONGEST)
-            if found is None or found[0] != '"':
-                return found
-            self._string = self._searched = found.end()
 
     def _after_all(self, final: bool) -> Iterator[Part]:
         self._text = ""

@@ -11,6 +11,7 @@ from grammar_answers import CLOSE, END, OPEN, PROMPT, THINKING, VOCAB, Answerer,
 from test_parsing import whole
 
 import nanoserve
+from nanoserve.arguments import ENDS
 from nanoserve.checkpoint import open_checkpoint
 from nanoserve.config import EngineConfig
 from nanoserve.constraint import Constraints
@@ -18,7 +19,7 @@ from nanoserve.engine import Engine
 from nanoserve.errors import RequestError
 from nanoserve.grammar import Choice, JsonSchema, Regex, ToolCalls
 from nanoserve.local import LocalEngine
-from nanoserve.parsing import ENDS, CallArguments, CallBegun, Content, Parser, Reasoning
+from nanoserve.parsing import CallArguments, CallBegun, Content, Parser, Reasoning
 from nanoserve.random_tokenizer import write_tokenizer
 from nanoserve.request import Event, Finish, Request, SamplingParams, Token
 from nanoserve.startup import load_engine, prepare

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from nanoserve.arguments import argument
-from nanoserve.parsing import ENDS, CallArguments, CallBegun, Content, Parser, Part, Reasoning
+from nanoserve.arguments import ENDS, argument
+from nanoserve.parsing import CallArguments, CallBegun, Content, Parser, Part, Reasoning
 
 TOOLS: Mapping[str, Mapping[str, Any]] = {
     "f": {
