@@ -1,6 +1,7 @@
-"""A tool call's parameter, written between tags, as JSON of the type that the tool's schema gives it."""
+"""A tool call's parameter, written between tags: where it ends, and its JSON, of the type its schema gives it."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -9,6 +10,15 @@ _TRUTHS = {"true": True, "false": False}
 _UNIONS = ("anyOf", "oneOf", "allOf")
 _MAX_DEPTH = 16
 """Unions and references inside each other that are followed."""
+
+ENDS = ("</parameter>", "<parameter=", "</function>", "<tool_call>", "</tool_call>", "<function=")
+"""The tags that end a parameter's value."""
+
+_END = re.compile("|".join(ENDS))
+_END_OR_STRING = re.compile(f'"|{_END.pattern}')
+_IN_STRING = re.compile(r'(?:[^"\\\n]|\\[^\n])*+')
+"""What may come in a JSON string; a line feed may not."""
+_LONGEST = max(map(len, ENDS))
 
 
 def argument(schema: Mapping[str, Any], key: str, value: str) -> str:
@@ -23,9 +33,55 @@ def argument(schema: Mapping[str, Any], key: str, value: str) -> str:
         The value in the first of the schema's types that it fits; a string where it fits none, or none is given.
     """
     value = value.removeprefix("\n").removesuffix("\n")
+    try:
+        written = _json(_typed(value, _types_of(schema, key)))
+    except ValueError:  # a number that Python takes for infinity
+        written = value.strip()
+    return f"{_json(key)}: {written}"
+
+
+class ValueEnd:
+    """Finds the tag that ends a parameter's value, in a text that grows; it takes linear time over all of it.
+
+    In an array or an object a tag in a string is text, and a string that is still open may hold the tags in it.
+
+    Args:
+        schema: of all the tool's parameters.
+        key: the parameter.
+    """
+
+    def __init__(self, schema: Mapping[str, Any], key: str) -> None:
+        types = _types_of(schema, key)
+        strings = "string" not in types and not {"array", "object"}.isdisjoint(types)
+        self._what = _END_OR_STRING if strings else _END
+        self._searched = 0  # characters that hold no end
+        self._string = 0  # where the open string begins, behind its quote; 0: none is open
+
+    def find(self, text: str) -> re.Match[str] | None:
+        """The tag, once it is there; ``text`` is the value and whatever comes behind it."""
+        while True:
+            if self._string:
+                inside = _IN_STRING.match(text, self._searched)
+                stop = self._searched = inside.end() if inside else self._searched
+                if stop >= len(text) - text.endswith("\\"):
+                    return None
+                # Where its line ends without a quote it is no string, and hides nothing.
+                if not text.startswith('"', stop) and (found := _END.search(text, self._string, stop)):
+                    return found
+                self._searched, self._string = stop + 1, 0
+            found = self._what.search(text, self._searched)
+            if found is None:
+                self._searched = max(self._searched, len(text) - _LONGEST)
+            if found is None or found[0] != '"':
+                return found
+            self._string = self._searched = found.end()
+
+
+def _types_of(schema: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """The JSON types of a parameter, in its schema's order."""
     properties: object = schema.get("properties")
     own = cast("Mapping[str, Any]", properties).get(key) if isinstance(properties, Mapping) else None
-    return f"{_json(key)}: {_json(_typed(value, tuple(dict.fromkeys(_types(own, schema, set())))))}"
+    return tuple(dict.fromkeys(_types(own, schema, set())))
 
 
 def _types(schema: object, root: Mapping[str, Any], seen: set[str], depth: int = 0) -> Iterator[str]:
@@ -109,4 +165,4 @@ def _refuse(word: str) -> None:
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

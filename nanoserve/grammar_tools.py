@@ -3,7 +3,8 @@ r"""The tool calls of the released chat templates as a grammar, which `parsing.p
     <tool_call>\n<function=NAME>\n<parameter=KEY>\nVALUE\n</parameter>\n</function>\n</tool_call>
 
 Parameters come in any order and at most once, the required ones always. A string's VALUE is free text that holds
-no tag of a call; other values are JSON, which llguidance holds to the parameter's schema.
+no tag of a call; other values are JSON, which llguidance holds to the parameter's schema, and in whose strings the
+parser takes any tag for text.
 """
 
 import json
@@ -12,7 +13,7 @@ from typing import Any, NoReturn, cast
 
 from llguidance import regex_to_lark
 
-from nanoserve.arguments import argument
+from nanoserve.arguments import ENDS, argument
 from nanoserve.grammar_schema import MAX_TEXT, Schema, clean_schema, refuse, resolve, with_options
 from nanoserve.request import brief
 
@@ -168,7 +169,7 @@ class _Tool:
         for value in values:
             text = value if isinstance(value, str) else json.dumps(value)
             read = json.loads(f"{{{argument(types, key, text)}}}")[key]
-            if read == value and type(read) is type(value):
+            if read == value and type(read) is type(value) and not any(tag in text for tag in ENDS):
                 kept.append(text)
         if not kept:
             self._refuse(f"a parameter {brief(key)} with values that no call can give: give it their type")

@@ -7,7 +7,8 @@ The forms are those of the released chat templates: reasoning ends at ``</think>
 However the text is cut into pieces, the parts put together are the same. No tag of these forms stands in content
 or reasoning, and no text makes it raise: what is not well-formed stays what it stands in, without its tags. So a
 call ends the reasoning, and thoughts about ``<tool_call>`` do not. Content that is held to a grammar is another
-matter: a string in it may hold any tag and any white space, and is given as it is.
+matter: a string in it may hold any tag and any white space, and is given as it is. So are the strings in an array
+or an object that is a call's parameter.
 """
 
 import enum
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanoserve.arguments import argument
+from nanoserve.arguments import ValueEnd, argument
 
 _ALWAYS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 _OF_CALLS = ("<function=", "</function>", "<parameter=", "</parameter>")
@@ -153,7 +154,7 @@ class Parser:
     _given: dict[str, str] = field(default_factory=dict[str, str])
     _state: _State = field(init=False)
     _around: _State = field(init=False, default=_State.CONTENT)  # what a tag of a call was found in
-    _searched: int = 0  # characters of a value that hold no tag
+    _end: ValueEnd = field(init=False)  # of the value
     _lead: int = field(init=False)  # line feeds that may still be dropped
     _reasoning: _Channel = field(init=False)
     _content: _Channel = field(init=False)
@@ -293,7 +294,7 @@ class Parser:
             return
         if key:
             self._text = self._text[len("<parameter=") + len(key) + 1 :]
-            self._key, self._state, self._searched = key, _State.VALUE, 0
+            self._key, self._state, self._end = key, _State.VALUE, ValueEnd(self.tools[self._name], key)
             return
         if self._text.startswith("</parameter>"):  # one too many
             self._text = self._text[len("</parameter>") :]
@@ -307,13 +308,11 @@ class Parser:
 
     def _in_value(self, final: bool) -> Iterator[Part]:
         """A parameter's value; a missing end is tolerated before the next tag of a call."""
-        ends = ("</parameter>", "<parameter=", "</function>", "<tool_call>", "</tool_call>", "<function=")
-        at, tag = _first(self._text, ends, self._searched)
-        if not tag:
-            self._searched = max(0, len(self._text) - _LONGEST)
+        end = self._end.find(self._text)
+        if end is None:
             return  # a value that is cut off is no value
-        value = self._text[:at]
-        self._text = self._text[at + len(tag) * (tag == "</parameter>") :]
+        value = self._text[: end.start()]
+        self._text = self._text[end.end() if end[0] == "</parameter>" else end.start() :]
         self._state = _State.FUNCTION
         if self._key not in self._given:
             self._given[self._key] = value
@@ -352,9 +351,9 @@ class Parser:
         return before, tag
 
 
-def _first(text: str, tags: tuple[str, ...], start: int = 0) -> tuple[int, str]:
-    """(position, tag) of the first tag from ``start`` on; (-1, "") when there is none."""
-    found = [(at, tag) for tag in tags if (at := text.find(tag, start)) >= 0]
+def _first(text: str, tags: tuple[str, ...]) -> tuple[int, str]:
+    """(position, tag) of the first tag; (-1, "") when there is none."""
+    found = [(at, tag) for tag in tags if (at := text.find(tag)) >= 0]
     return min(found, default=(-1, ""))
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import jsonschema
 import pytest
 from grammar_answers import CLOSE, END, OPEN, PROMPT, THINKING, VOCAB, Answerer, allowed, may
+from test_parsing import whole
 
 import nanoserve
+from nanoserve.arguments import ENDS
 from nanoserve.checkpoint import open_checkpoint
 from nanoserve.config import EngineConfig
 from nanoserve.constraint import Constraints
@@ -275,6 +277,28 @@ def test_what_a_call_may_say(answerer: Answerer) -> None:
         assert not answerer.accepts(constraint, wrong), (right, wrong)
 
 
+@pytest.mark.parametrize("tag", ENDS)
+def test_what_a_call_says_in_json_is_read_back(answerer: Answerer, tag: str) -> None:
+    code = {"type": "array", "items": {"type": "integer"}, "maxItems": 0}
+    name = {"type": "array", "items": {"type": "string"}, "maxItems": 2}
+    schema = {"type": "object", "properties": {"code": code, "name": name}, "required": ["code"]}
+    constraint = answerer.constraint(ToolCalls({"save": schema}, several=False))
+    text = f'<function=save>\n<parameter=name>\n["{tag}"]\n</parameter>\n<parameter=code>\n[]\n</parameter>\n'
+    assert answerer.take(constraint, 14)
+    assert answerer.accepts(constraint, f"\n{text}</function>\n")
+    parser = Parser({"save": schema}, thinking=False, single=True)
+    parts = parser.push(f"<tool_call>\n{text}</function>\n</tool_call>")
+    assert json.loads(whole(parts + parser.finish())[2][0][1]) == {"name": [tag], "code": []}
+
+
+def test_a_text_from_a_list_is_never_one_that_ends_its_parameter(answerer: Answerer) -> None:
+    kind = {"enum": ["see </function>", "see it"]}
+    constraint = answerer.constraint(ToolCalls({"f": {"properties": {"kind": kind}}}))
+    assert answerer.take(constraint, 14)
+    assert answerer.accepts(constraint, "\n<function=f>\n<parameter=kind>\nsee ")
+    assert not answerer.accepts(constraint, "<")
+
+
 @pytest.mark.parametrize(
     ("parameters", "word"),
     [
@@ -282,6 +306,7 @@ def test_what_a_call_may_say(answerer: Answerer) -> None:
         ({"properties": {"a": {"type": "string", "uniqueItems": True}}}, "uniqueItems"),
         ({"properties": {"a": {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 3}]}}}, "conditions"),
         ({"properties": {"a": {"enum": ["5", "null"], "type": ["integer", "null", "string"]}}}, "values"),
+        ({"properties": {"a": {"enum": ["</parameter>"]}}}, "values"),
         ({"properties": {"a": {"allOf": [{"type": "string"}, {"minLength": 3}]}}}, "type"),
         ({"properties": {"a": {"type": "string", "minLength": "9}"}}}, "whole number"),
         ({"properties": {"a": {"type": "string", "pattern": 3}}}, "pattern"),

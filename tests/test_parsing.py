@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nanoserve.arguments import argument
+from nanoserve.arguments import ENDS, argument
 from nanoserve.parsing import CallArguments, CallBegun, Content, Parser, Part, Reasoning
 
 TOOLS: Mapping[str, Mapping[str, Any]] = {
@@ -165,6 +165,53 @@ def test_a_long_value_takes_linear_time() -> None:
     assert part == CallArguments(0, f'"s": {json.dumps((line * 20_000).removesuffix(chr(10)))}')
 
 
+@pytest.mark.parametrize("tag", ENDS)
+def test_a_tag_in_a_json_string_is_text(tag: str) -> None:
+    """Index 769 of 1,000 answers to many schemas: a grammar of JSON lets a string in an array hold any tag."""
+    value = [f'a\\{tag}"', "", {tag: tag}]
+    text = call("f", list=json.dumps(value), n="4")
+    for cuts in ((), range(len(text))):
+        got = parse(text, thinking=False, cuts=cuts)
+        assert got[:2] == ("", "")
+        assert [json.loads(data) for _, data in got[2]] == [{"list": value, "n": 4}]
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ('["a</parameter>\n<parameter=s>x', {"list": '["a', "s": "x"}),
+        ('["a\n</parameter><parameter=s>x', {"list": '["a', "s": "x"}),
+        ('["a\\\n</parameter><parameter=s>x', {"list": '["a\\', "s": "x"}),
+        ('["a", "b</parameter>\n<parameter=s>"x"', {"list": '["a", "b', "s": '"x"'}),
+        ('["a"]<parameter=s>x</parameter>"y"', {"list": ["a"], "s": "x"}),
+    ],
+)
+def test_a_string_that_lacks_its_end_hides_no_tag(written: str, arguments: Mapping[str, Any]) -> None:
+    text = f"<tool_call><function=f><parameter=list>{written}</parameter></function></tool_call>"
+    for cuts in ((), range(len(text))):
+        ((name, data),) = parse(text, thinking=False, cuts=cuts)[2]
+        assert (name, json.loads(data)) == ("f", arguments)
+
+
+@pytest.mark.parametrize("rest", ["", "\\", "</parameter>", "</parameter><parameter=s>x</parameter></function>"])
+def test_a_string_that_is_cut_off_is_no_value(rest: str) -> None:
+    text = f'<tool_call><function=f><parameter=n>1</parameter><parameter=list>["a{rest}'
+    assert parse(text, thinking=False, cuts=range(len(text))) == ("", "", [("f", '{"n": 1}')])
+    assert parse(text, thinking=False) == ("", "", [("f", '{"n": 1}')])
+
+
+@pytest.mark.parametrize("piece", ["text ", '\\"', '"', '</function>", "'])
+def test_a_long_json_value_takes_linear_time(piece: str) -> None:
+    for pieces in ([piece] * 20_000, [piece * 20_000]):
+        parser = Parser(TOOLS, thinking=False)
+        parser.push('<tool_call><function=f><parameter=list>["')
+        began = time.perf_counter()
+        for each in (*pieces, "\n</parameter>"):
+            parser.push(each)
+        parser.finish()
+        assert time.perf_counter() - began < 5
+
+
 def test_without_tools_a_call_is_content_without_its_tags() -> None:
     assert parse(call("f", n="1"), {}, thinking=False)[1].startswith("<function=f>")
     assert "tool_call" not in parse(call("f", n="1"), {}, thinking=False)[1]
@@ -198,6 +245,7 @@ PIECES = (
         "<th",
         "ink>",
     ),
+    *("<parameter=list>", '"', '["', "\\"),
     *('{"a": 1}', "<parameter=city>", "Paris", ">", "\x00", "Привет", "مرحبا"),
 )
 
@@ -273,6 +321,11 @@ def test_arguments_whose_schema_stands_elsewhere() -> None:
         *((name, "1", "1") for name in ("gone", "web", "self", "unknown")),
     ):
         assert json.loads("{" + argument(schema, key, value) + "}") == {key: expected}
+
+
+@pytest.mark.parametrize(("kind", "value"), [("number", "1e999"), ("number", "-1E+400"), ("array", "[1, 1e999]")])
+def test_a_number_beyond_floats_stays_json(kind: str, value: str) -> None:
+    assert argument({"properties": {"k": {"type": kind}}}, "k", f"\n{value}\n") == f'"k": {value}'
 
 
 def test_arguments_without_properties_are_strings() -> None:

@@ -301,4 +301,6 @@ def test_two_hundred_random_answers_through_the_server(
         engine.script = tokens_of(tokenizer, text, rng)
         extra: dict[str, Any] = PLAIN if rng.random() < 0.4 else {}
         said = ask(client, tools=TOOLS, **extra)
-        assert not any(tag in said.content + said.reasoning for tag in (*TAGS, *CALL_TAGS)), text
+        assert not any(tag in shown for tag in (*TAGS, *CALL_TAGS) for shown in (said.content, said.reasoning)), (
+            text
+        )
