@@ -71,24 +71,24 @@ class Checkpoint:
         """
         return tuple(sorted({*_eos(CONFIG, self.config), *_eos(GENERATION_CONFIG, self.generation_config)}))
 
-    def read_into(self, info: TensorInfo, buffer: memoryview) -> None:
-        """Fill a writable, contiguous buffer of exactly ``info.nbytes`` bytes from the file.
+    def read_into(self, info: TensorInfo, buffer: memoryview, start: int = 0) -> None:
+        """Fill a writable, contiguous buffer with a tensor's bytes from the file, from the ``start``-th on.
 
         Raises:
             CheckpointError: the file cannot be read, or is shorter than when it was opened.
-            ValueError: the buffer has another size.
+            ValueError: the tensor has fewer bytes there than the buffer.
         """
-        if buffer.nbytes != info.nbytes:
-            raise ValueError(f"{info.name} has {info.nbytes} bytes and the buffer {buffer.nbytes}")
-        if not info.nbytes:
+        if start + buffer.nbytes > info.nbytes:
+            raise ValueError(f"{info.name} has {info.nbytes} bytes and not {buffer.nbytes} from {start} on")
+        if not buffer.nbytes:
             return
         view, done = buffer.cast("B"), 0
         try:
             with open(self.directory / info.file, "rb", buffering=0) as file:
-                while done < info.nbytes:  # Linux ends a read at 2 GiB
-                    count = os.preadv(file.fileno(), [view[done:]], info.offset + done)
+                while done < len(view):  # Linux ends a read at 2 GiB
+                    count = os.preadv(file.fileno(), [view[done:]], info.offset + start + done)
                     if not count:
-                        problem = f"ends {info.nbytes - done} bytes too early: {AGAIN}"
+                        problem = f"ends {info.nbytes - start - done} bytes too early: {AGAIN}"
                         raise CheckpointError(info.file, problem, shown(info.name))
                     done += count
         except OSError as error:

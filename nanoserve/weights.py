@@ -20,6 +20,7 @@ from nanoserve.kernels.nvfp4 import GROUP
 from nanoserve.models.config import NemotronHConfig
 from nanoserve.models.manifest import Entry, Kind, entries
 from nanoserve.quantization import Format
+from nanoserve.staging import Staging, pieces
 
 DTYPES = {
     "F32": torch.float32,
@@ -287,10 +288,10 @@ def load(
     total = sum(info.nbytes for info, _ in places)
     done = 0
     progress(done, total)
-    for info, place in places:
-        _read(checkpoint, info, place)
-        done += info.nbytes
-        progress(done, total)
+    with Staging.on(device) as staging:
+        for count in staging.bring(pieces(places), checkpoint.read_into, _check):
+            done += count
+            progress(done, total)
     return {(item.layer, item.entry.field): finish(item, tensors) for item, tensors in raw}
 
 
@@ -318,17 +319,11 @@ def kept_shape(item: Item, part: Part) -> tuple[int, ...]:
     return (len(part.names), *part.shape) if _is_stacked(item, part) else part.shape
 
 
-def _read(checkpoint: Checkpoint, info: TensorInfo, place: Tensor) -> None:
-    host = place if place.device.type == "cpu" else torch.empty_like(place, device="cpu")
-    flat = host.reshape(-1).view(torch.uint8)
-    checkpoint.read_into(info, flat.numpy().data)
-    if info.name.endswith("_scale") or info.name.endswith("_scale_2"):
-        _check_scale(info, host)
-    if host is not place:
-        place.copy_(host)
-
-
-def _check_scale(info: TensorInfo, values: Tensor) -> None:
+def _check(info: TensorInfo, stored: Tensor) -> None:
+    """Check the values of scales; ``stored`` is bytes."""
+    if not info.name.endswith(("_scale", "_scale_2")):
+        return
+    values = stored.view(DTYPES[info.dtype])
     if values.dtype == torch.float8_e4m3fn:
         codes = values.reshape(-1).view(torch.uint8)
         bad = bool(((codes > 0x80) | (codes == 0x7F)).any())  # 0x80 is -0; above it negative or NaN

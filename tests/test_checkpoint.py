@@ -336,12 +336,20 @@ def test_file_that_disappears_after_opening(home: Path) -> None:
         read(checkpoint, "b.weight")
 
 
-@pytest.mark.parametrize("size", [0, 11, 13])
-def test_buffer_of_another_size(home: Path, size: int) -> None:
+@pytest.mark.parametrize(("size", "start"), [(13, 0), (12, 1), (1, 12)])
+def test_buffer_for_more_than_the_tensor_has(home: Path, size: int, start: int) -> None:
     write_safetensors(home / "model.safetensors", TWO)
     checkpoint = open_checkpoint(home)
     with pytest.raises(ValueError, match="12 bytes"):
-        checkpoint.read_into(checkpoint.tensors["a.weight"], memoryview(bytearray(size)))
+        checkpoint.read_into(checkpoint.tensors["a.weight"], memoryview(bytearray(size)), start)
+
+
+def test_reads_a_part_of_a_tensor(home: Path) -> None:
+    write_safetensors(home / "model.safetensors", TWO)
+    checkpoint = open_checkpoint(home)
+    some = bytearray(7)
+    checkpoint.read_into(checkpoint.tensors["b.weight"], memoryview(some), 5)
+    assert some == fill("F32", (4,), 1)[5:12]
 
 
 def test_reads_into_a_part_of_a_larger_buffer_of_any_item_type(home: Path) -> None:
