@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nanoserve.checkpoint import Checkpoint, TensorInfo, stored_format
@@ -319,19 +321,20 @@ def kept_shape(item: Item, part: Part) -> tuple[int, ...]:
     return (len(part.names), *part.shape) if _is_stacked(item, part) else part.shape
 
 
-def _check(info: TensorInfo, stored: Tensor) -> None:
+def _check(info: TensorInfo, stored: NDArray[np.uint8]) -> None:
     """Check the values of scales; ``stored`` is bytes."""
     if not info.name.endswith(("_scale", "_scale_2")):
         return
-    values = stored.view(DTYPES[info.dtype])
-    if values.dtype == torch.float8_e4m3fn:
-        codes = values.reshape(-1).view(torch.uint8)
-        bad = bool(((codes > 0x80) | (codes == 0x7F)).any())  # 0x80 is -0; above it negative or NaN
+    if info.dtype == "F8_E4M3":
+        bad = bool(((stored > 0x80) | (stored == 0x7F)).any())  # 0x80 is -0; above it negative or NaN
+        positive = not bool(((stored & 0x7F) == 0).any())
     else:
+        values = torch.from_numpy(stored).view(DTYPES[info.dtype])
         bad = not bool(((values >= 0) & values.isfinite()).all())
+        positive = bool((values > 0).all())
     if bad:
         raise CheckpointError(info.file, "holds a scale that is NaN, infinite or negative", info.name)
-    if info.name.endswith(_KV_SCALES) and not bool((values > 0).all()):
+    if info.name.endswith(_KV_SCALES) and not positive:
         raise CheckpointError(info.file, "is 0, and the KV cache is divided by it", info.name)
 
 
