@@ -18,7 +18,7 @@ FLOORS = (
     # From the ground up: a module imports only from floors below its own, or from its own.
     {"errors", "config", "request", "models.config", "quantization", "eval_stats", "svg", "signals"},
     {"kernels"},
-    {"cache", "cached", "files", "checkpoint", "safetensors_header"},
+    {"cache", "cached", "files", "checkpoint", "safetensors_header", "staging"},
     {"models"},
     {"weights", "sampler", "step", "graph", "experts", "dense_scales", "plan", "progress"},
     {"machine"},
