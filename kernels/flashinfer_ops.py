@@ -19,6 +19,7 @@ PARTS = {
     "w4a16": (f"{_SM12X}.moe_nvfp4_w4a16",),
     "b12x": ("flashinfer.fused_moe.cute_dsl.b12x_moe", f"{_SM12X}.moe_dispatch", "flashinfer.cute_dsl.utils"),
     "native": ("flashinfer.gemm.gemm_bf16_fp4", "flashinfer.gemm.kernels.native_bf16_fp4.runner"),
+    "mm_fp8": ("flashinfer.gemm.gemm_base",),
 }
 
 
@@ -55,6 +56,11 @@ def b12x() -> B12x:
 def native() -> Runner:
     """Load `mm_bf16_fp4`."""
     return _load(PARTS["native"][0]).mm_bf16_fp4
+
+
+def mm_fp8() -> Runner:
+    """Load `mm_fp8`."""
+    return _load(PARTS["mm_fp8"][0]).mm_fp8
 
 
 def packages() -> dict[str, Package]:

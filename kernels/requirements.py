@@ -35,11 +35,8 @@ def cutlass(place: Place) -> Reason | None:
     """FlashInfer's `cutlass_fused_moe`: activations quantised to NVFP4, CUTLASS grouped products."""
     if (reason := _sm12x_experts(place, "cutlass")) or (reason := _input_scales(place)):
         return reason
-    if FUSED_MOE not in place.built:
-        if not place.compiler:
-            return Reason(Code.TOOLKIT, f"needs nvcc to build {FUSED_MOE}, and there is none")
-        if place.toolkit < NVCC:
-            return Reason(Code.TOOLKIT, f"needs CUDA {_dots(NVCC)} to build, and nvcc is {_dots(place.toolkit)}")
+    if FUSED_MOE not in place.built and (lacks := _nvcc(place)):
+        return lacks
     return _multiple(place, width=64, size=64) or _scale_rows(place)
 
 
@@ -53,6 +50,11 @@ def w4a16(place: Place) -> Reason | None:
 def native(place: Place) -> Reason | None:
     """FlashInfer's `mm_bf16_fp4` with its native backend."""
     return _sm12x(place) or _flashinfer(place.package("flashinfer.native")) or _toolkit(place)
+
+
+def mm_fp8(place: Place) -> Reason | None:
+    """FlashInfer's `mm_fp8` with cuBLASLt, which it calls from a CUDA module."""
+    return _sm12x(place) or _flashinfer(place.package("flashinfer.mm_fp8")) or _nvcc(place)
 
 
 def b12x(place: Place) -> Reason | None:
@@ -70,6 +72,7 @@ REQUIREMENTS: Mapping[str, Requirement] = {
     "w4a16": w4a16,
     "b12x": b12x,
     "native": native,
+    "mm_fp8": mm_fp8,
 }
 
 
@@ -90,6 +93,10 @@ def _untimed(place: Place) -> Reason | None:
     return Reason(Code.BY_NAME, "has not been timed against triton: by name, or by calibration")
 
 
+def _eight_bits(place: Place) -> Reason | None:
+    return Reason(Code.BY_NAME, "quantises activations to FP8, and no card has checked it yet: by name")
+
+
 def _four_bits(place: Place) -> Reason | None:
     many = place.experts is not None and place.experts.count >= 512
     faults = "; faults are reported with 512 experts (flashinfer issue 5446)" if many else ""
@@ -102,6 +109,7 @@ ELECTIVE: Mapping[str, Requirement] = {
     "w4a16": _float16,
     "b12x": _four_bits,
     "native": _untimed,
+    "mm_fp8": _eight_bits,
 }
 """Why an able backend is not chosen automatically, or None where it is; others always are."""
 
@@ -110,8 +118,14 @@ NUMERICS: Mapping[str, str] = {
     "cutlass": "activations quantised to NVFP4",
     "w4a16": "products in float16, sums in float32",
     "b12x": "activations quantised to NVFP4, experts added in BF16",
+    "mm_fp8": "activations quantised to FP8 by the checkpoint's input scales",
 }
 """What a backend computes otherwise than the reference, which quantises nothing and sums in float32."""
+
+TOLERANCES: Mapping[str, float] = {"mm_fp8": 0.04}
+"""Backend → the most that its result may differ from its op's reference on normally distributed values, where the
+op's own tolerance is less: root of the mean square of the difference, as a share of that of the result. Experts'
+stand in `flashinfer_experts`. tests/test_flashinfer_linear.py emulates the arithmetic: FP8's rounding is 2.6 %."""
 
 
 def _sm12x_experts(place: Place, part: str) -> Reason | None:
@@ -175,6 +189,15 @@ def _toolkit(place: Place) -> Reason | None:
         return None
     has = f"this is {_dots(place.toolkit)}" if place.toolkit else "there is none"
     return Reason(Code.TOOLKIT, f"needs CUDA {_dots(TOOLKIT)} or later (nvcc, or else torch's), and {has}")
+
+
+def _nvcc(place: Place) -> Reason | None:
+    """What FlashInfer asks for to build a CUDA module for these chips."""
+    if not place.compiler:
+        return Reason(Code.TOOLKIT, "needs nvcc to build FlashInfer's module, and there is none")
+    if place.toolkit < NVCC:
+        return Reason(Code.TOOLKIT, f"needs CUDA {_dots(NVCC)} to build, and nvcc is {_dots(place.toolkit)}")
+    return None
 
 
 def _scale_rows(place: Place) -> Reason | None:

@@ -40,6 +40,7 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     },
     "linear_fp8": {
         "triton": "nanoserve.kernels.triton_linear:linear",
+        "mm_fp8": "nanoserve.kernels.flashinfer_linear:linear_fp8",
         "torch": "nanoserve.kernels.linear:linear",
     },
     "linear_nvfp4": {
