@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoserve.kernels.place import Package
-from nanoserve.kernels.prepared import B12x, Cutlass, Runner, W4a16
+from nanoserve.kernels.prepared import B12x, Cutlass, MmFp4, Runner, W4a16
 from nanoserve.kernels.requirements import FUSED_MOE
 
 _SM12X = "flashinfer.fused_moe.cute_dsl.blackwell_sm12x"
@@ -20,6 +20,11 @@ PARTS = {
     "b12x": ("flashinfer.fused_moe.cute_dsl.b12x_moe", f"{_SM12X}.moe_dispatch", "flashinfer.cute_dsl.utils"),
     "native": ("flashinfer.gemm.gemm_bf16_fp4", "flashinfer.gemm.kernels.native_bf16_fp4.runner"),
     "mm_fp8": ("flashinfer.gemm.gemm_base",),
+    "mm_fp4": (
+        "flashinfer.gemm.gemm_base",
+        "flashinfer.quantization.fp4_quantization",
+        "flashinfer.gemm.kernels.dense_blockscaled_gemm_sm120_b12x",
+    ),
 }
 
 
@@ -61,6 +66,13 @@ def native() -> Runner:
 def mm_fp8() -> Runner:
     """Load `mm_fp8`."""
     return _load(PARTS["mm_fp8"][0]).mm_fp8
+
+
+def mm_fp4() -> MmFp4:
+    """Load the entry points of the product of two NVFP4 operands."""
+    gemm, quantization = (_load(name) for name in PARTS["mm_fp4"][:2])
+    layout = _load("flashinfer.tllm_enums").SfLayout.layout_128x4
+    return MmFp4(quantization.nvfp4_quantize, gemm.mm_fp4, layout)
 
 
 def packages() -> dict[str, Package]:

@@ -57,6 +57,12 @@ def mm_fp8(place: Place) -> Reason | None:
     return _sm12x(place) or _flashinfer(place.package("flashinfer.mm_fp8")) or _nvcc(place)
 
 
+def mm_fp4(place: Place) -> Reason | None:
+    """FlashInfer's `mm_fp4` with its b12x backend, and `nvfp4_quantize`, which is a CUDA module."""
+    reason = _sm12x(place) or _flashinfer(place.package("flashinfer.mm_fp4"))
+    return reason or _toolkit(place) or _nvcc(place)
+
+
 def b12x(place: Place) -> Reason | None:
     """FlashInfer's `B12xMoEWrapper` with activations quantised to NVFP4."""
     if (reason := _sm12x_experts(place, "b12x")) or (reason := _input_scales(place)):
@@ -73,6 +79,7 @@ REQUIREMENTS: Mapping[str, Requirement] = {
     "b12x": b12x,
     "native": native,
     "mm_fp8": mm_fp8,
+    "mm_fp4": mm_fp4,
 }
 
 
@@ -93,8 +100,9 @@ def _untimed(place: Place) -> Reason | None:
     return Reason(Code.BY_NAME, "has not been timed against triton: by name, or by calibration")
 
 
-def _eight_bits(place: Place) -> Reason | None:
-    return Reason(Code.BY_NAME, "quantises activations to FP8, and no card has checked it yet: by name")
+def _unchecked(what: str) -> Requirement:
+    reason = Reason(Code.BY_NAME, f"{what}, and no card has checked it yet: by name")
+    return lambda place: reason
 
 
 def _four_bits(place: Place) -> Reason | None:
@@ -109,7 +117,8 @@ ELECTIVE: Mapping[str, Requirement] = {
     "w4a16": _float16,
     "b12x": _four_bits,
     "native": _untimed,
-    "mm_fp8": _eight_bits,
+    "mm_fp8": _unchecked("quantises activations to FP8"),
+    "mm_fp4": _unchecked("quantises activations to 4 bits"),
 }
 """Why an able backend is not chosen automatically, or None where it is; others always are."""
 
@@ -119,13 +128,14 @@ NUMERICS: Mapping[str, str] = {
     "w4a16": "products in float16, sums in float32",
     "b12x": "activations quantised to NVFP4, experts added in BF16",
     "mm_fp8": "activations quantised to FP8 by the checkpoint's input scales",
+    "mm_fp4": "activations quantised to NVFP4 by the checkpoint's input scales",
 }
 """What a backend computes otherwise than the reference, which quantises nothing and sums in float32."""
 
-TOLERANCES: Mapping[str, float] = {"mm_fp8": 0.04}
+TOLERANCES: Mapping[str, float] = {"mm_fp8": 0.04, "mm_fp4": 0.12}
 """Backend → the most that its result may differ from its op's reference on normally distributed values, where the
 op's own tolerance is less: root of the mean square of the difference, as a share of that of the result. Experts'
-stand in `flashinfer_experts`. tests/test_flashinfer_linear.py emulates the arithmetic: FP8's rounding is 2.6 %."""
+stand in `flashinfer_experts`. FP8's rounding is 2.6 %, NVFP4's 10 % (tests/test_flashinfer_linear.py)."""
 
 
 def _sm12x_experts(place: Place, part: str) -> Reason | None:

@@ -46,6 +46,7 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     "linear_nvfp4": {
         "triton": "nanoserve.kernels.triton_linear:linear",
         "native": "nanoserve.kernels.flashinfer_linear:linear",
+        "mm_fp4": "nanoserve.kernels.flashinfer_linear:linear_fp4",
         "torch": "nanoserve.kernels.linear:linear",
     },
     "head": {

@@ -10,6 +10,7 @@ from torch import Tensor
 from nanoserve.checkpoint import Checkpoint
 from nanoserve.errors import BackendError
 from nanoserve.kernels import flashinfer_ops
+from nanoserve.kernels.flashinfer_mm_fp4 import OnMmFp4
 from nanoserve.kernels.linear import Fp8, Nvfp4, Weight
 from nanoserve.kernels.nvfp4 import GROUP
 from nanoserve.kernels.prepared import Activations, Prepared, PreparedFp8
@@ -44,6 +45,7 @@ DENSE: Mapping[str, Dense] = {
     "native": Dense("linear_nvfp4", Format.NVFP4, False, 1, 1, flashinfer_ops.native),
     # cuBLASLt's rule for FP8: 16 bytes a row of either operand, and 16 results.
     "mm_fp8": Dense("linear_fp8", Format.FP8, True, 16, 16, flashinfer_ops.mm_fp8),
+    "mm_fp4": Dense("linear_nvfp4", Format.NVFP4, True, 8, 32, flashinfer_ops.mm_fp4),  # 16 bytes a row, for TMA
 }
 """Backend → what it wants."""
 
@@ -112,6 +114,9 @@ def prepare_dense(backend: str, weight: Weight, library: Any, divisor: Tensor | 
     match backend, weight:
         case "native", Nvfp4(_, scales):
             return replace(weight, prepared=Prepared(swizzle(scales), None, {backend: library}))
+        case "mm_fp4", Nvfp4(_, scales, scale):
+            own = Prepared(swizzle(scales), _activations(divisor, scale), {backend: OnMmFp4(library)})
+            return replace(weight, prepared=own)
         case "mm_fp8", Fp8(_, scale):
             return replace(weight, prepared=PreparedFp8(_activations(divisor, scale), library))
         case _:

@@ -19,11 +19,13 @@ from nanoserve.config import EngineConfig
 from nanoserve.dense_scales import DENSE, dense_scales, prepare_dense, with_dense
 from nanoserve.errors import BackendError
 from nanoserve.kernels import nvfp4
-from nanoserve.kernels.flashinfer_linear import linear, linear_fp8
+from nanoserve.kernels.flashinfer_linear import linear, linear_fp4, linear_fp8
 from nanoserve.kernels.fp8 import narrow
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain
 from nanoserve.kernels.linear import linear as reference
+from nanoserve.kernels.prepared import MmFp4
 from nanoserve.kernels.requirements import TOLERANCES
+from nanoserve.kernels.swizzle import swizzle, swizzled_shape
 from nanoserve.kernels.table import BACKENDS
 from nanoserve.op_cases import Subject, cases
 from nanoserve.op_checks import largest_error, outputs
@@ -101,7 +103,51 @@ def mm_fp8(record: Recorder) -> Callable[..., Tensor]:
     return run
 
 
-LIBRARIES: dict[str, Callable[[Recorder], Any]] = {"native": product, "mm_fp8": mm_fp8}
+def mm_fp4(record: Recorder) -> MmFp4:
+    """`nvfp4_quantize` in 128 x 4 order, and ``out = dequant(a) @ dequant(b).T * alpha``, summed in float32.
+
+    The codes are packed and swizzled here, and read by the emulation's own layout.
+    """
+    module = "flashinfer.gemm.gemm_base"
+    function, check = (arithmetic.real(module, name) for name in ("mm_fp4", "_check_mm_fp4_problem_size"))
+    quantize_real = arithmetic.real("flashinfer.quantization.fp4_quantization", "nvfp4_quantize")
+    layout = importlib.import_module("flashinfer.tllm_enums").SfLayout.layout_128x4
+
+    def quantize(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        a = record.bind(quantize_real, args, kwargs)
+        x, multiplier = a["a"], a["a_global_sf"]
+        assert x.dtype == torch.bfloat16
+        assert x.is_contiguous()
+        assert (multiplier.dtype, multiplier.numel()) == (torch.float32, 1)
+        assert (a["sfLayout"], a["do_shuffle"], a["sf_vec_size"], a["backend"]) == (layout, False, 16, "cuda")
+        assert not a["per_token_activation"]
+        assert a["nvfp4_4over6"] is None
+        blocks = x.float().unflatten(-1, (-1, 16))
+        scales = (blocks.abs().amax(-1) / 6 * multiplier).clamp(max=448).to(torch.float8_e4m3fn)
+        inverse = torch.where(scales.float() == 0, 0, multiplier / scales.float())
+        codes = nvfp4.nearest_code(blocks * inverse[..., None]).flatten(-2).unflatten(-1, (-1, 2))
+        return codes[..., 0] | codes[..., 1] << 4, swizzle(scales).view(torch.uint8)
+
+    def multiply(*args: Any, **kwargs: Any) -> Tensor:
+        a = record.bind(function, args, kwargs)
+        tokens, (half, rows) = len(a["a"]), a["b"].shape
+        assert check(a["a"], a["b"], a["a_descale"], a["b_descale"], a["alpha"], a["out_dtype"], backend="b12x")
+        assert (a["backend"], a["out"], a["use_8x4_sf_layout"], a["use_nvfp4"]) == ("b12x", None, False, True)
+        assert (a["alpha"].dtype, a["alpha"].shape) == (torch.float32, (1,))
+        assert a["b"].T.is_contiguous()
+        assert half % 16 == 0
+        read = []
+        for scales, count in ((a["a_descale"], tokens), (a["b_descale"].T, rows)):
+            assert scales.is_contiguous()
+            assert scales.shape == swizzled_shape(count, half // 8)
+            read.append(arithmetic.logical(scales.view(torch.uint8)[None], count, half // 8)[0])
+        left = arithmetic.codes(a["a"]) * read[0].repeat_interleave(16, -1)
+        return (arithmetic.products(left, a["b"].T, read[1]) * a["alpha"]).bfloat16()
+
+    return MmFp4(quantize, multiply, layout)
+
+
+LIBRARIES: dict[str, Callable[[Recorder], Any]] = {"native": product, "mm_fp8": mm_fp8, "mm_fp4": mm_fp4}
 
 
 def difference(got: Tensor, want: Tensor) -> float:
@@ -138,6 +184,30 @@ def test_what_fp8_times_fp8_cannot_be_given() -> None:
     own = prepare_dense("mm_fp8", weight, mm_fp8(Recorder()), torch.ones(1))
     with pytest.raises(BackendError, match="float32"):
         linear_fp8(torch.randn(1, 16), own)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 130])
+def test_fp4_times_fp4_is_the_reference_within_its_tolerance(tokens: int) -> None:
+    weight, record = Nvfp4(*nvfp4.pack(torch.randn(136, 480))), Recorder()
+    own = prepare_dense("mm_fp4", weight, mm_fp4(record), torch.full((1,), 1 / 256))
+    assert isinstance(own, Nvfp4)
+    x = torch.randn(tokens, 480).bfloat16()
+    error = difference(linear_fp4(x, own), reference(x, weight))
+    assert 0.05 < error < TOLERANCES["mm_fp4"]
+    assert own.data is weight.data
+    assert [len(call["a"]) for call in record.calls["mm_fp4"]] == [tokens]
+    # Blocks that NVFP4 holds exactly are multiplied exactly: a largest code of 6, and a scale of 1.
+    x = torch.tensor(nvfp4.E2M1)[torch.randint(0, 16, (tokens, 480))].view(tokens, -1, 16)
+    x[..., 0] = 6
+    x = (x.flatten(1) / 256).bfloat16()
+    assert difference(linear_fp4(x, own), reference(x, weight)) < 1e-3
+
+
+def test_what_fp4_times_fp4_cannot_be_given() -> None:
+    weight = Nvfp4(*nvfp4.pack(torch.randn(16, 32)))
+    for other in (weight, prepare_dense("native", weight, product(Recorder()))):
+        with pytest.raises(BackendError, match="not prepared for mm_fp4"):
+            linear_fp4(torch.randn(1, 32).bfloat16(), other)
 
 
 QUANTISING = [name for name, own in DENSE.items() if own.quantises]
