@@ -1,12 +1,16 @@
 """The one file that imports FlashInfer: its entry points, and what of it is installed."""
 
 import warnings
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from nanoserve.kernels.place import Package
 from nanoserve.kernels.prepared import B12x, Cutlass, MmFp4, Runner, W4a16
@@ -20,6 +24,7 @@ PARTS = {
     "b12x": ("flashinfer.fused_moe.cute_dsl.b12x_moe", f"{_SM12X}.moe_dispatch", "flashinfer.cute_dsl.utils"),
     "native": ("flashinfer.gemm.gemm_bf16_fp4", "flashinfer.gemm.kernels.native_bf16_fp4.runner"),
     "mm_fp8": ("flashinfer.gemm.gemm_base",),
+    "ssu": ("flashinfer.mamba.selective_state_update",),
     "mm_fp4": (
         "flashinfer.gemm.gemm_base",
         "flashinfer.quantization.fp4_quantization",
@@ -73,6 +78,12 @@ def mm_fp4() -> MmFp4:
     gemm, quantization = (_load(name) for name in PARTS["mm_fp4"][:2])
     layout = _load("flashinfer.tllm_enums").SfLayout.layout_128x4
     return MmFp4(quantization.nvfp4_quantize, gemm.mm_fp4, layout)
+
+
+@cache
+def ssu() -> Callable[..., Tensor]:
+    """Load `selective_state_update`."""
+    return _load(PARTS["ssu"][0]).selective_state_update
 
 
 def packages() -> dict[str, Package]:

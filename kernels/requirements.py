@@ -63,6 +63,12 @@ def mm_fp4(place: Place) -> Reason | None:
     return reason or _toolkit(place) or _nvcc(place)
 
 
+def ssu(place: Place) -> Reason | None:
+    """FlashInfer's `selective_state_update`, a CUDA module, between our Triton kernels."""
+    reason = _sm12x(place) or _lacks(place.package("triton"), "triton", "which torch for CUDA brings")
+    return reason or _flashinfer(place.package("flashinfer.ssu")) or _nvcc(place)
+
+
 def b12x(place: Place) -> Reason | None:
     """FlashInfer's `B12xMoEWrapper` with activations quantised to NVFP4."""
     if (reason := _sm12x_experts(place, "b12x")) or (reason := _input_scales(place)):
@@ -80,6 +86,7 @@ REQUIREMENTS: Mapping[str, Requirement] = {
     "native": native,
     "mm_fp8": mm_fp8,
     "mm_fp4": mm_fp4,
+    "ssu": ssu,
 }
 
 
@@ -119,6 +126,7 @@ ELECTIVE: Mapping[str, Requirement] = {
     "native": _untimed,
     "mm_fp8": _unchecked("quantises activations to FP8"),
     "mm_fp4": _unchecked("quantises activations to 4 bits"),
+    "ssu": _unchecked("takes several launches where triton takes one or two"),
 }
 """Why an able backend is not chosen automatically, or None where it is; others always are."""
 
@@ -129,6 +137,7 @@ NUMERICS: Mapping[str, str] = {
     "b12x": "activations quantised to NVFP4, experts added in BF16",
     "mm_fp8": "activations quantised to FP8 by the checkpoint's input scales",
     "mm_fp4": "activations quantised to NVFP4 by the checkpoint's input scales",
+    "ssu": "state and sums in float32",
 }
 """What a backend computes otherwise than the reference, which quantises nothing and sums in float32."""
 

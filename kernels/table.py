@@ -81,6 +81,7 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     },
     "mamba_decode": {
         "triton": "nanoserve.kernels.triton_mamba:mamba_decode",
+        "ssu": "nanoserve.kernels.flashinfer_mamba:mamba_decode",
         "torch": "nanoserve.kernels.mamba:mamba_decode",
     },
     "kv_append": {

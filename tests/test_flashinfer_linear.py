@@ -268,3 +268,8 @@ def test_the_doctors_cases_are_within_tolerance(
     for case in found:
         got, want = outputs(case, function, backend, 7, cpu), outputs(case, reference, "torch", 7, cpu)
         assert largest_error(got, want) <= max(case.tolerance, TOLERANCES.get(backend, 0.0))
+
+
+def test_flashinfer_has_them() -> None:
+    for own in DENSE.values():
+        assert own.load()

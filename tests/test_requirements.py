@@ -20,7 +20,7 @@ NANO = Experts("nvfp4", True, "relu2", 128, 6, 2688, 1856, 23)
 LIGHTNING = replace(NANO, input_scales=False)
 GOOD = {"triton": Package((3, 6, 0)), **{f"flashinfer.{part}": Package((0, 7, 4)) for part in PARTS}}
 CARD = Place("cuda", (12, 0), torch.bfloat16, GOOD, (13, 0), True, frozenset([FUSED_MOE]), SUPER)
-BUILT = ("mm_fp8", "mm_fp4")
+BUILT = ("mm_fp8", "mm_fp4", "ssu")
 """Backends that nvcc builds a module for, whatever the experts are."""
 FLASHINFER = ("cutlass", "w4a16", "b12x")
 
@@ -155,7 +155,10 @@ def test_what_is_chosen_on_a_card() -> None:
     assert "not w4a16: reads hidden values as float16" in text
 
 
-@pytest.mark.parametrize(("op", "backend"), [("linear_fp8", "mm_fp8"), ("linear_nvfp4", "mm_fp4")])
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [("linear_fp8", "mm_fp8"), ("linear_nvfp4", "mm_fp4"), ("mamba_decode", "ssu")],
+)
 def test_what_no_card_has_checked_is_taken_by_name_alone(op: str, backend: str) -> None:
     automatic = chosen(CARD)[op]
     assert automatic.backend == "triton"
