@@ -25,6 +25,7 @@ PARTS = {
     "native": ("flashinfer.gemm.gemm_bf16_fp4", "flashinfer.gemm.kernels.native_bf16_fp4.runner"),
     "mm_fp8": ("flashinfer.gemm.gemm_base",),
     "ssu": ("flashinfer.mamba.selective_state_update",),
+    "xqa": ("flashinfer.xqa",),
     "mm_fp4": (
         "flashinfer.gemm.gemm_base",
         "flashinfer.quantization.fp4_quantization",
@@ -84,6 +85,12 @@ def mm_fp4() -> MmFp4:
 def ssu() -> Callable[..., Tensor]:
     """Load `selective_state_update`."""
     return _load(PARTS["ssu"][0]).selective_state_update
+
+
+@cache
+def xqa() -> Callable[..., None]:
+    """Load `xqa`."""
+    return _load(PARTS["xqa"][0]).xqa
 
 
 def packages() -> dict[str, Package]:

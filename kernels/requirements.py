@@ -69,6 +69,11 @@ def ssu(place: Place) -> Reason | None:
     return reason or _flashinfer(place.package("flashinfer.ssu")) or _nvcc(place)
 
 
+def xqa(place: Place) -> Reason | None:
+    """FlashInfer's `xqa`, a CUDA module."""
+    return _sm12x(place) or _flashinfer(place.package("flashinfer.xqa")) or _nvcc(place)
+
+
 def b12x(place: Place) -> Reason | None:
     """FlashInfer's `B12xMoEWrapper` with activations quantised to NVFP4."""
     if (reason := _sm12x_experts(place, "b12x")) or (reason := _input_scales(place)):
@@ -87,6 +92,7 @@ REQUIREMENTS: Mapping[str, Requirement] = {
     "mm_fp8": mm_fp8,
     "mm_fp4": mm_fp4,
     "ssu": ssu,
+    "xqa": xqa,
 }
 
 
@@ -127,6 +133,7 @@ ELECTIVE: Mapping[str, Requirement] = {
     "mm_fp8": _unchecked("quantises activations to FP8"),
     "mm_fp4": _unchecked("quantises activations to 4 bits"),
     "ssu": _unchecked("takes several launches where triton takes one or two"),
+    "xqa": _unchecked("rounds the weights of the softmax to BF16"),
 }
 """Why an able backend is not chosen automatically, or None where it is; others always are."""
 
@@ -138,10 +145,11 @@ NUMERICS: Mapping[str, str] = {
     "mm_fp8": "activations quantised to FP8 by the checkpoint's input scales",
     "mm_fp4": "activations quantised to NVFP4 by the checkpoint's input scales",
     "ssu": "state and sums in float32",
+    "xqa": "weights of the softmax in BF16, sums in float32",
 }
 """What a backend computes otherwise than the reference, which quantises nothing and sums in float32."""
 
-TOLERANCES: Mapping[str, float] = {"mm_fp8": 0.04, "mm_fp4": 0.12}
+TOLERANCES: Mapping[str, float] = {"mm_fp8": 0.04, "mm_fp4": 0.12, "xqa": 0.006}
 """Backend → the most that its result may differ from its op's reference on normally distributed values, where the
 op's own tolerance is less: root of the mean square of the difference, as a share of that of the result. Experts'
 stand in `flashinfer_experts`. FP8's rounding is 2.6 %, NVFP4's 10 % (tests/test_flashinfer_linear.py)."""

@@ -94,6 +94,7 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     },
     "attention_decode": {
         "triton": "nanoserve.kernels.triton_attention:attention_decode",
+        "xqa": "nanoserve.kernels.flashinfer_attention:attention_decode",
         "torch": "nanoserve.kernels.attention:attention",
     },
     "router": {

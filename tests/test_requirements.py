@@ -20,7 +20,7 @@ NANO = Experts("nvfp4", True, "relu2", 128, 6, 2688, 1856, 23)
 LIGHTNING = replace(NANO, input_scales=False)
 GOOD = {"triton": Package((3, 6, 0)), **{f"flashinfer.{part}": Package((0, 7, 4)) for part in PARTS}}
 CARD = Place("cuda", (12, 0), torch.bfloat16, GOOD, (13, 0), True, frozenset([FUSED_MOE]), SUPER)
-BUILT = ("mm_fp8", "mm_fp4", "ssu")
+BUILT = ("mm_fp8", "mm_fp4", "ssu", "xqa")
 """Backends that nvcc builds a module for, whatever the experts are."""
 FLASHINFER = ("cutlass", "w4a16", "b12x")
 
@@ -157,7 +157,7 @@ def test_what_is_chosen_on_a_card() -> None:
 
 @pytest.mark.parametrize(
     ("op", "backend"),
-    [("linear_fp8", "mm_fp8"), ("linear_nvfp4", "mm_fp4"), ("mamba_decode", "ssu")],
+    [("linear_fp8", "mm_fp8"), ("linear_nvfp4", "mm_fp4"), ("mamba_decode", "ssu"), ("attention_decode", "xqa")],
 )
 def test_what_no_card_has_checked_is_taken_by_name_alone(op: str, backend: str) -> None:
     automatic = chosen(CARD)[op]
