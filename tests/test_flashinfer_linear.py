@@ -1,6 +1,7 @@
 """FlashInfer's products, stood in for by their documented arithmetic: they need a chip that is not here."""
 
 import importlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import flashinfer_arithmetic as arithmetic
 import interpreted  # before any kernel
 import pytest
 import torch
+from conftest import DATA
 from flashinfer_arithmetic import Recorder
 from torch import Tensor
 
@@ -27,6 +29,8 @@ from nanoserve.kernels.prepared import MmFp4
 from nanoserve.kernels.requirements import TOLERANCES
 from nanoserve.kernels.swizzle import swizzle, swizzled_shape
 from nanoserve.kernels.table import BACKENDS
+from nanoserve.models.config import NemotronHConfig
+from nanoserve.models.manifest import Kind, entries
 from nanoserve.op_cases import Subject, cases
 from nanoserve.op_checks import largest_error, outputs
 from nanoserve.quantization import Format
@@ -251,6 +255,18 @@ def test_what_it_cannot_multiply_by_is_refused_before_a_weight_is_read(model: Ex
     ]
     with pytest.raises(BackendError, match=rf"{backend} needs rows in multiples of .* is 24 × (24|48)"):
         dense_scales(replace(model.manifest, items=tuple(odd)), chosen)
+
+
+@pytest.mark.parametrize("backend", DENSE)
+@pytest.mark.parametrize("config", sorted((DATA / "released").glob("*_config.json")), ids=lambda path: path.name)
+def test_every_released_size_is_one_that_it_can_multiply_by(config: Path, backend: str) -> None:
+    if config.name.endswith("quant_config.json"):
+        return
+    released, own = NemotronHConfig.from_json(json.loads(config.read_text())), DENSE[backend]
+    for _, _, entry in entries(released):
+        if entry.kind is Kind.LINEAR:
+            rows, columns = entry.shape(released)
+            assert (rows % own.rows, columns % own.columns) == (0, 0), entry.name
 
 
 @pytest.mark.parametrize("backend", DENSE)
