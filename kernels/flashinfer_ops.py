@@ -1,6 +1,8 @@
 """The one file that imports FlashInfer: its entry points, and what of it is installed."""
 
 import warnings
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
@@ -8,8 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nanoserve.kernels.place import Package
-from nanoserve.kernels.prepared import B12x, Cutlass, Runner, W4a16
+from nanoserve.kernels.prepared import B12x, Cutlass, MmFp4, Runner, W4a16
 from nanoserve.kernels.requirements import FUSED_MOE
 
 _SM12X = "flashinfer.fused_moe.cute_dsl.blackwell_sm12x"
@@ -19,6 +23,14 @@ PARTS = {
     "w4a16": (f"{_SM12X}.moe_nvfp4_w4a16",),
     "b12x": ("flashinfer.fused_moe.cute_dsl.b12x_moe", f"{_SM12X}.moe_dispatch", "flashinfer.cute_dsl.utils"),
     "native": ("flashinfer.gemm.gemm_bf16_fp4", "flashinfer.gemm.kernels.native_bf16_fp4.runner"),
+    "mm_fp8": ("flashinfer.gemm.gemm_base",),
+    "ssu": ("flashinfer.mamba.selective_state_update",),
+    "xqa": ("flashinfer.xqa",),
+    "mm_fp4": (
+        "flashinfer.gemm.gemm_base",
+        "flashinfer.quantization.fp4_quantization",
+        "flashinfer.gemm.kernels.dense_blockscaled_gemm_sm120_b12x",
+    ),
 }
 
 
@@ -55,6 +67,30 @@ def b12x() -> B12x:
 def native() -> Runner:
     """Load `mm_bf16_fp4`."""
     return _load(PARTS["native"][0]).mm_bf16_fp4
+
+
+def mm_fp8() -> Runner:
+    """Load `mm_fp8`."""
+    return _load(PARTS["mm_fp8"][0]).mm_fp8
+
+
+def mm_fp4() -> MmFp4:
+    """Load the entry points of the product of two NVFP4 operands."""
+    gemm, quantization = (_load(name) for name in PARTS["mm_fp4"][:2])
+    layout = _load("flashinfer.tllm_enums").SfLayout.layout_128x4
+    return MmFp4(quantization.nvfp4_quantize, gemm.mm_fp4, layout)
+
+
+@cache
+def ssu() -> Callable[..., Tensor]:
+    """Load `selective_state_update`."""
+    return _load(PARTS["ssu"][0]).selective_state_update
+
+
+@cache
+def xqa() -> Callable[..., None]:
+    """Load `xqa`."""
+    return _load(PARTS["xqa"][0]).xqa
 
 
 def packages() -> dict[str, Package]:

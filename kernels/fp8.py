@@ -1,7 +1,20 @@
-"""FP8 as ModelOpt stores it: float8_e4m3fn values with one scale a matrix."""
+"""FP8 as ModelOpt stores it: float8_e4m3fn values with one scale a matrix, or one for all that a matrix reads."""
 
 import torch
 from torch import Tensor
+
+LARGEST = 448.0
+"""Of float8_e4m3fn, which has no infinity: what is larger would be NaN."""
+
+
+def narrow(x: Tensor, divisor: Tensor) -> Tensor:
+    """X / divisor as float8_e4m3fn, to the nearest, ties to even, at most `LARGEST`.
+
+    Args:
+        x: any shape, any float dtype.
+        divisor: float32 [] or [1], ModelOpt's ``input_scale``: amax / 448.
+    """
+    return (x.float() / divisor).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
 def widen(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanoserve.kernels import nvfp4
 from nanoserve.kernels.fp8 import widen
-from nanoserve.kernels.prepared import Prepared
+from nanoserve.kernels.prepared import Prepared, PreparedFp8
 
 TILE_BYTES = 4 << 20
 """The reference expands this many float32 bytes of a weight at a time; with 32 MiB, which no cache holds, a CPU
@@ -31,10 +31,14 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Fp8:
-    """float8_e4m3fn [..., N, K] with one float32 scale a matrix [...]: w = data * scale."""
+    """float8_e4m3fn [..., N, K] with one float32 scale a matrix [...]: w = data * scale.
+
+    ``prepared`` is what a product wants that quantises activations too; weight-only arithmetic does not use it.
+    """
 
     data: Tensor
     scale: Tensor
+    prepared: PreparedFp8 | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows as float32 [stop - start, K]."""

@@ -12,12 +12,13 @@ Runner = Callable[..., Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """How the values that a stack reads are quantised to NVFP4.
+    """How the values that a stack, or one matrix, reads are quantised to its format.
 
     Attributes:
         divisor: ModelOpt's ``input_scale``, the largest of the experts', float32 [1].
         multiplier: its inverse, float32 [].
-        alpha: input_scale * global_scale of each expert, float32 [E]: what a product of codes is multiplied by.
+        alpha: input_scale * global_scale of each expert, float32 [E], or of one matrix [1]: what a product of
+            codes is multiplied by.
     """
 
     divisor: Tensor
@@ -40,6 +41,34 @@ class Prepared:
     scales: Tensor
     activations: Activations | None
     runners: Mapping[str, Runner]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedFp8:
+    """One FP8 matrix as a product of two FP8 operands wants it.
+
+    Attributes:
+        activations: how the values that it reads are quantised; ``alpha`` float32 [1].
+        product: multiplies.
+    """
+
+    activations: Activations
+    product: Runner
+
+
+@dataclass(frozen=True, slots=True)
+class MmFp4:
+    """Entry points of FlashInfer's product of two NVFP4 operands.
+
+    Attributes:
+        quantize: `flashinfer.quantization.fp4_quantization.nvfp4_quantize`.
+        product: `flashinfer.gemm.mm_fp4`.
+        layout: `flashinfer.SfLayout.layout_128x4`.
+    """
+
+    quantize: Callable[..., tuple[Tensor, Tensor]]
+    product: Runner
+    layout: Any
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,11 +35,8 @@ def cutlass(place: Place) -> Reason | None:
     """FlashInfer's `cutlass_fused_moe`: activations quantised to NVFP4, CUTLASS grouped products."""
     if (reason := _sm12x_experts(place, "cutlass")) or (reason := _input_scales(place)):
         return reason
-    if FUSED_MOE not in place.built:
-        if not place.compiler:
-            return Reason(Code.TOOLKIT, f"needs nvcc to build {FUSED_MOE}, and there is none")
-        if place.toolkit < NVCC:
-            return Reason(Code.TOOLKIT, f"needs CUDA {_dots(NVCC)} to build, and nvcc is {_dots(place.toolkit)}")
+    if FUSED_MOE not in place.built and (lacks := _nvcc(place)):
+        return lacks
     return _multiple(place, width=64, size=64) or _scale_rows(place)
 
 
@@ -53,6 +50,28 @@ def w4a16(place: Place) -> Reason | None:
 def native(place: Place) -> Reason | None:
     """FlashInfer's `mm_bf16_fp4` with its native backend."""
     return _sm12x(place) or _flashinfer(place.package("flashinfer.native")) or _toolkit(place)
+
+
+def mm_fp8(place: Place) -> Reason | None:
+    """FlashInfer's `mm_fp8` with cuBLASLt, which it calls from a CUDA module."""
+    return _sm12x(place) or _flashinfer(place.package("flashinfer.mm_fp8")) or _nvcc(place)
+
+
+def mm_fp4(place: Place) -> Reason | None:
+    """FlashInfer's `mm_fp4` with its b12x backend, and `nvfp4_quantize`, which is a CUDA module."""
+    reason = _sm12x(place) or _flashinfer(place.package("flashinfer.mm_fp4"))
+    return reason or _toolkit(place) or _nvcc(place)
+
+
+def ssu(place: Place) -> Reason | None:
+    """FlashInfer's `selective_state_update`, a CUDA module, between our Triton kernels."""
+    reason = _sm12x(place) or _lacks(place.package("triton"), "triton", "which torch for CUDA brings")
+    return reason or _flashinfer(place.package("flashinfer.ssu")) or _nvcc(place)
+
+
+def xqa(place: Place) -> Reason | None:
+    """FlashInfer's `xqa`, a CUDA module."""
+    return _sm12x(place) or _flashinfer(place.package("flashinfer.xqa")) or _nvcc(place)
 
 
 def b12x(place: Place) -> Reason | None:
@@ -70,6 +89,10 @@ REQUIREMENTS: Mapping[str, Requirement] = {
     "w4a16": w4a16,
     "b12x": b12x,
     "native": native,
+    "mm_fp8": mm_fp8,
+    "mm_fp4": mm_fp4,
+    "ssu": ssu,
+    "xqa": xqa,
 }
 
 
@@ -90,6 +113,11 @@ def _untimed(place: Place) -> Reason | None:
     return Reason(Code.BY_NAME, "has not been timed against triton: by name, or by calibration")
 
 
+def _unchecked(what: str) -> Requirement:
+    reason = Reason(Code.BY_NAME, f"{what}, and no card has checked it yet: by name")
+    return lambda place: reason
+
+
 def _four_bits(place: Place) -> Reason | None:
     many = place.experts is not None and place.experts.count >= 512
     faults = "; faults are reported with 512 experts (flashinfer issue 5446)" if many else ""
@@ -102,6 +130,10 @@ ELECTIVE: Mapping[str, Requirement] = {
     "w4a16": _float16,
     "b12x": _four_bits,
     "native": _untimed,
+    "mm_fp8": _unchecked("quantises activations to FP8"),
+    "mm_fp4": _unchecked("quantises activations to 4 bits"),
+    "ssu": _unchecked("takes several launches where triton takes one or two"),
+    "xqa": _unchecked("rounds the weights of the softmax to BF16"),
 }
 """Why an able backend is not chosen automatically, or None where it is; others always are."""
 
@@ -110,8 +142,17 @@ NUMERICS: Mapping[str, str] = {
     "cutlass": "activations quantised to NVFP4",
     "w4a16": "products in float16, sums in float32",
     "b12x": "activations quantised to NVFP4, experts added in BF16",
+    "mm_fp8": "activations quantised to FP8 by the checkpoint's input scales",
+    "mm_fp4": "activations quantised to NVFP4 by the checkpoint's input scales",
+    "ssu": "state and sums in float32",
+    "xqa": "weights of the softmax in BF16, sums in float32",
 }
 """What a backend computes otherwise than the reference, which quantises nothing and sums in float32."""
+
+TOLERANCES: Mapping[str, float] = {"mm_fp8": 0.04, "mm_fp4": 0.12, "xqa": 0.006}
+"""Backend → the most that its result may differ from its op's reference on normally distributed values, where the
+op's own tolerance is less: root of the mean square of the difference, as a share of that of the result. Experts'
+stand in `flashinfer_experts`. FP8's rounding is 2.6 %, NVFP4's 10 % (tests/test_flashinfer_linear.py)."""
 
 
 def _sm12x_experts(place: Place, part: str) -> Reason | None:
@@ -175,6 +216,15 @@ def _toolkit(place: Place) -> Reason | None:
         return None
     has = f"this is {_dots(place.toolkit)}" if place.toolkit else "there is none"
     return Reason(Code.TOOLKIT, f"needs CUDA {_dots(TOOLKIT)} or later (nvcc, or else torch's), and {has}")
+
+
+def _nvcc(place: Place) -> Reason | None:
+    """What FlashInfer asks for to build a CUDA module for these chips."""
+    if not place.compiler:
+        return Reason(Code.TOOLKIT, "needs nvcc to build FlashInfer's module, and there is none")
+    if place.toolkit < NVCC:
+        return Reason(Code.TOOLKIT, f"needs CUDA {_dots(NVCC)} to build, and nvcc is {_dots(place.toolkit)}")
+    return None
 
 
 def _scale_rows(place: Place) -> Reason | None:

@@ -40,11 +40,13 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     },
     "linear_fp8": {
         "triton": "nanoserve.kernels.triton_linear:linear",
+        "mm_fp8": "nanoserve.kernels.flashinfer_linear:linear_fp8",
         "torch": "nanoserve.kernels.linear:linear",
     },
     "linear_nvfp4": {
         "triton": "nanoserve.kernels.triton_linear:linear",
         "native": "nanoserve.kernels.flashinfer_linear:linear",
+        "mm_fp4": "nanoserve.kernels.flashinfer_linear:linear_fp4",
         "torch": "nanoserve.kernels.linear:linear",
     },
     "head": {
@@ -79,6 +81,7 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     },
     "mamba_decode": {
         "triton": "nanoserve.kernels.triton_mamba:mamba_decode",
+        "ssu": "nanoserve.kernels.flashinfer_mamba:mamba_decode",
         "torch": "nanoserve.kernels.mamba:mamba_decode",
     },
     "kv_append": {
@@ -91,6 +94,7 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     },
     "attention_decode": {
         "triton": "nanoserve.kernels.triton_attention:attention_decode",
+        "xqa": "nanoserve.kernels.flashinfer_attention:attention_decode",
         "torch": "nanoserve.kernels.attention:attention",
     },
     "router": {

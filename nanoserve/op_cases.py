@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoserve.dense_scales import prepare_linear
+from nanoserve.dense_scales import DENSE, prepare_dense
 from nanoserve.experts import EXPERT_OPS, expert_facts, with_prepared
-from nanoserve.kernels import flashinfer_ops
 from nanoserve.kernels.fused import MoeWeights, tickets
 from nanoserve.kernels.linear import Nvfp4, Weight
 from nanoserve.kernels.place import Experts
@@ -38,6 +37,8 @@ FEW = 16
 _BITS = {Format.NVFP4: 4, Format.FP8: 8, Format.BF16: 16}
 _INPUT_SCALE = 1 / 256
 """amax / (6 * 448), where values are a few times 1."""
+_DENSE_INPUT_SCALE = {4: _INPUT_SCALE, 8: 1 / 64}
+"""Bits of a weight → what what it reads is divided by: for 8 it is amax / 448."""
 
 Arguments = tuple[Any, ...]
 
@@ -163,9 +164,9 @@ def _linear(
 ) -> OpCase:
     def make(backend: str) -> Arguments:
         weight = s.weight(bits, *shape)
-        if backend == "native":
-            assert isinstance(weight, Nvfp4), "a backend of NVFP4 alone"
-            weight = prepare_linear(weight, flashinfer_ops.native())
+        if backend in DENSE:
+            divisor = torch.full((1,), _DENSE_INPUT_SCALE.get(bits, 1.0), device=s.device)
+            weight = prepare_dense(backend, weight, DENSE[backend].load(), divisor)
         return s.tokens(tokens, shape[1]), weight
 
     return OpCase(op, f"{shape[0]} × {shape[1]}, {bits} bits", tokens, make, tolerance)

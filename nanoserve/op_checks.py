@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanoserve.breakdown import call_bytes
-from nanoserve.kernels.flashinfer_experts import TOLERANCES
+from nanoserve.kernels import flashinfer_experts, requirements
 from nanoserve.kernels.place import Code, Reason
 from nanoserve.kernels.probe import place_of
 from nanoserve.kernels.requirements import ELECTIVE
@@ -24,6 +24,7 @@ from nanoserve.traffic import nbytes
 
 Verdict = Literal["reference", "right", "WRONG", "FAULT", "not run"]
 REFERENCE = "torch"
+_TOLERANCES = {**flashinfer_experts.TOLERANCES, **requirements.TOLERANCES}
 _EAGER = (REFERENCE, "cutlass")
 """Not in a CUDA graph: the reference may ask the host, and CUTLASS runs in prefill alone."""
 
@@ -117,7 +118,7 @@ def _check(
     want: list[Tensor] | None = None
     for name in (REFERENCE, *(name for name in able if name != REFERENCE)):
         row = partial(OpRow, case.op, case.what, case.tokens, name, name == chosen)
-        tolerance = max(case.tolerance, TOLERANCES.get(name, 0.0))
+        tolerance = max(case.tolerance, _TOLERANCES.get(name, 0.0))
         nothing: dict[str, Any] = {
             "error": None,
             "tolerance": tolerance,

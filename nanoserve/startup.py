@@ -182,7 +182,7 @@ def assemble(prepared: Prepared, fields: Fields) -> Engine:
     scales = tuple((fields[i, "k_scale"], fields[i, "v_scale"]) for i in p.config.layers("*"))
     dtype = p.shape.conv_dtype
     fields = with_prepared(fields, p.experts, p.backends, p.prefill_chunk, dtype, p.device)
-    fields = with_dense(fields, p.manifest, p.backends)
+    fields = with_dense(fields, p.manifest, p.backends, p.checkpoint)
     model = NemotronH.build(p.config, p.ops, dtype, fields)
     cache = Cache.allocate(p.config, p.shape, p.device, scales)
     buffers = DecodeBuffers.allocate(p.config.vocab_size, p.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanoserve.engine import Engine
 from nanoserve.kernels.fused import MoeWeights
-from nanoserve.kernels.linear import Nvfp4
+from nanoserve.kernels.linear import Fp8, Nvfp4
 from nanoserve.models.layers import Attention, Mamba, Mlp, MoE
 
 _GPU_BYTES, _CPU_BYTES = 4 << 30, 256 << 20
@@ -54,7 +54,7 @@ def nbytes(value: Any) -> int:
     """Bytes of the tensors in a dataclass or tuple, however deep; everything else weighs nothing."""
     if isinstance(value, Tensor):
         return value.nbytes
-    if isinstance(value, Nvfp4):
+    if isinstance(value, Nvfp4 | Fp8):
         value = replace(value, prepared=None)  # the same scales once more, of which a token reads one
     if is_dataclass(value) and not isinstance(value, type):
         return sum(nbytes(getattr(value, field.name)) for field in fields(value))

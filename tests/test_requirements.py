@@ -20,6 +20,8 @@ NANO = Experts("nvfp4", True, "relu2", 128, 6, 2688, 1856, 23)
 LIGHTNING = replace(NANO, input_scales=False)
 GOOD = {"triton": Package((3, 6, 0)), **{f"flashinfer.{part}": Package((0, 7, 4)) for part in PARTS}}
 CARD = Place("cuda", (12, 0), torch.bfloat16, GOOD, (13, 0), True, frozenset([FUSED_MOE]), SUPER)
+BUILT = ("mm_fp8", "mm_fp4", "ssu", "xqa")
+"""Backends that nvcc builds a module for, whatever the experts are."""
 FLASHINFER = ("cutlass", "w4a16", "b12x")
 
 
@@ -29,6 +31,19 @@ def with_part(part: str, package: Package) -> Mapping[str, Package]:
 
 def chosen(place: Place, choices: Mapping[str, str] | None = None) -> dict[str, Resolution]:
     return {row.op: row for row in resolve(place, choices or {})}
+
+
+def built_rows(name: str) -> list[tuple[str, dict[str, object], Code | None]]:
+    return [
+        (name, {"experts": None}, None),
+        (name, {"chip": (12, 1)}, None),
+        (name, {"device": "cpu", "chip": None}, Code.DEVICE),
+        (name, {"chip": (9, 0)}, Code.CHIP),
+        (name, {"dtype": torch.float32}, Code.DTYPE),
+        (name, {"packages": {}}, Code.MISSING),
+        (name, {"compiler": False}, Code.TOOLKIT),
+        (name, {"toolkit": (12, 8)}, Code.TOOLKIT),
+    ]
 
 
 @pytest.mark.parametrize("backend", FLASHINFER)
@@ -84,6 +99,7 @@ def test_broken_is_not_absent_and_old_is_neither(backend: str) -> None:
         ("native", {"dtype": torch.float32}, Code.DTYPE),
         ("native", {"toolkit": (12, 8)}, Code.TOOLKIT),
         ("native", {"packages": {}}, Code.MISSING),
+        *(row for name in BUILT for row in built_rows(name)),
         ("b12x", {"experts": NANO}, Code.SHAPE),
         ("b12x", {"experts": LIGHTNING}, Code.QUANTISATION),
         ("cutlass", {"experts": LIGHTNING}, Code.QUANTISATION),
@@ -137,6 +153,18 @@ def test_what_is_chosen_on_a_card() -> None:
     text = "\n".join(describe(tuple(rows.values())))
     assert "cutlass (the best that runs here; activations quantised to NVFP4): experts_prefill" in text
     assert "not w4a16: reads hidden values as float16" in text
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [("linear_fp8", "mm_fp8"), ("linear_nvfp4", "mm_fp4"), ("mamba_decode", "ssu"), ("attention_decode", "xqa")],
+)
+def test_what_no_card_has_checked_is_taken_by_name_alone(op: str, backend: str) -> None:
+    automatic = chosen(CARD)[op]
+    assert automatic.backend == "triton"
+    assert dict(automatic.rejected)[backend].code is Code.BY_NAME
+    row = chosen(CARD, {op: backend})[op]
+    assert (row.backend, row.reason) == (backend, f"chosen by name; {NUMERICS[backend]}")
 
 
 def test_what_would_be_built_for_hours_is_not_chosen_but_can_be() -> None:
