@@ -2,8 +2,8 @@
 
 `python tests/nvcc_units.py --build /tmp/nvcc-build --until 20:50` takes the commands that FlashInfer's JIT would
 give to ninja, adds `-Xptxas -v`, and runs them one at a time until the clock says so; units that our calls reach
-come first. tests/results/nvcc_sm120f.json is whole after every unit; a later run compiles only what is not built in
-it. Objects are not linked: that needs libcuda, which comes with a driver.
+come first. tests/results/nvcc_sm120f.json is whole after every unit; a later run compiles only what it lacks as
+built. Objects are not linked: that needs libcuda, which comes with a driver.
 
 The toolkit may come without cuBLAS, cuRAND and NVRTC. Their headers then come from PyPI:
 `pip install --no-deps --target BUILD/libs nvidia-cublas nvidia-curand nvidia-cuda-nvrtc`.
@@ -258,8 +258,8 @@ def report(
             f"{sum(own.ok for own in everything)} units built, {sum(not own.ok for own in everything)} failed or "
             f"stopped, of {sum(map(len, all_units.values()))} that the modules have; "
             f"{sum(own.seconds for own in everything):.0f} s of one nvcc at a time at nice 15, on 2 cores that "
-            "others used too. Objects only: nothing was linked or run. nanoserve calls fused_moe alone so far; the "
-            "other modules are at its shapes. not_built: there was no time; its keys are the units' roles."
+            "others used too. Objects only: nothing was linked or run. nanoserve calls fused_moe alone so far; "
+            "the other modules are at its shapes. not_built: there was no time; its keys are the units' roles."
         ),
         "modules": rows,
     }
