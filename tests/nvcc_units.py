@@ -275,22 +275,23 @@ def _flags(flags: list[str]) -> str:
 
 
 def _kept(path: Path) -> dict[str, list[Built]]:
-    """The units that an earlier run built."""
+    """What earlier runs made of the units."""
     if not path.exists():
         return {}
     rows = json.loads(path.read_text(encoding="utf-8"))["modules"]
-    return {row["module"]: [Built(**own) for own in row["compiled"] if own["ok"]] for row in rows}
+    return {row["module"]: [Built(**own) for own in row["compiled"]] for row in rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, required=True, help="folder for all that is built")
-    parser.add_argument("--until", required=True, help="when to stop, HH:MM today or tomorrow")
+    parser.add_argument("--until", help="when to stop, HH:MM today or tomorrow; without it nothing is compiled")
     parser.add_argument("--list", action="store_true", help="name the units and compile none")
     options = parser.parse_args()
-    now = datetime.now()
-    end = datetime.combine(now.date(), datetime.strptime(options.until, "%H:%M").time())
-    end += timedelta(days=end < now)
+    end = now = datetime.now()
+    if options.until:
+        end = datetime.combine(now.date(), datetime.strptime(options.until, "%H:%M").time())
+        end += timedelta(days=end < now)
     _environment(options.build.resolve())
     found = modules()
     all_units, done = {name: units(module) for name, module in found.items()}, _kept(OUT)
@@ -299,8 +300,9 @@ def main() -> None:
         left, own = (end - datetime.now()).total_seconds(), done.setdefault(unit.module, [])
         if options.list:
             print(unit.module, unit.file, unit.role, sep="  ")
-        elif left > 0 and all(earlier.file != unit.file for earlier in own):
-            own.append(result := compiled(unit, left))
+        elif left > 0 and all(earlier.file != unit.file or not earlier.ok for earlier in own):
+            result = compiled(unit, left)
+            own[:] = [*(earlier for earlier in own if earlier.file != unit.file), result]
             print(unit.module, unit.file, "ok" if result.ok else result.error, f"{result.seconds} s", flush=True)
             _write(report(found, all_units, done))
     if not options.list:
