@@ -259,7 +259,8 @@ def report(
             f"stopped, of {sum(map(len, all_units.values()))} that the modules have; "
             f"{sum(own.seconds for own in everything):.0f} s of one nvcc at a time at nice 15, on 2 cores that "
             "others used too. Objects only: nothing was linked or run. Modules are at the shapes of the "
-            "calls of the backends cutlass, ssu, xqa and mm_fp4. not_built: there was no time; its keys are the units' roles."
+            "calls of the backends cutlass, ssu, xqa and mm_fp4. not_built: there was no time; its keys are the "
+            "units' roles."
         ),
         "modules": rows,
     }
