@@ -8,6 +8,7 @@ max_tokens cut off are counted apart. Ctrl-C prints what there is.
 
 import argparse
 import json
+import re
 import subprocess
 import time
 from collections import Counter
@@ -22,6 +23,8 @@ import jsonschema
 from schema_maker import Schema, make_schema
 
 TAGS = ("<think", "</think", "<tool_call", "</tool_call", "<function=", "<parameter=")
+STRING = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)')
+"""A JSON string, or the beginning of one that was cut off. A tag in it is the model's own text, and no leak."""
 PERIOD = 80
 """Questions after which doors come again in the same order."""
 TOPICS = ("a cat", "Nora, who lives in Oslo", "a small red bag", "the Lund concert", "Tom and his 12 apples")
@@ -166,7 +169,7 @@ def faults(asked: Question, answer: Answer) -> list[str]:
     """What is wrong with an answer."""
     found: list[str] = []
     shown = answer.value + answer.beside
-    if leaked := [tag for tag in TAGS if tag in shown]:
+    if leaked := [tag for tag in TAGS if tag in STRING.sub("", answer.value) + answer.beside]:
         found.append(f"tags in content: {leaked}")
     if len(answer.reasoning) > 12 and answer.reasoning.strip() in shown:
         found.append("reasoning in content")
@@ -188,7 +191,7 @@ def faults(asked: Question, answer: Answer) -> list[str]:
 
 def run(url: str, count: int, seed: int) -> dict[str, Any]:
     """The summary, as JSON."""
-    ended, finishes, features, thought, cut = (Counter[str]() for _ in range(5))
+    ended, finishes, features, thought, cut, said = (Counter[str]() for _ in range(6))
     bad: list[dict[str, Any]] = []
     begin, stopped, index = time.monotonic(), False, 0
     with httpx.Client(base_url=url, timeout=120) as client:
@@ -205,6 +208,7 @@ def run(url: str, count: int, seed: int) -> dict[str, Any]:
                 (cut if answer.finish == "length" else ended)[asked.kind] += 1
                 finishes[answer.finish] += 1
                 features.update(asked.features)
+                said.update(tag for tag in TAGS if any(tag in text for text in STRING.findall(answer.value)))
                 if asked.budget:
                     thought["with reasoning" if answer.reasoning else "without"] += 1
                 if wrong:
@@ -229,6 +233,7 @@ def run(url: str, count: int, seed: int) -> dict[str, Any]:
         "ended_by_kind": dict(sorted(ended.items())),
         "cut_by_max_tokens_by_kind": dict(sorted(cut.items())),
         "with_a_thinking_budget": dict(thought),
+        "tags_in_json_strings": dict(said),
         "schemas_with": dict(features.most_common()),
         "seconds": round(time.monotonic() - begin, 1),
     }
