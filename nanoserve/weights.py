@@ -325,16 +325,14 @@ def _check(info: TensorInfo, stored: NDArray[np.uint8]) -> None:
     """Check the values of scales; ``stored`` is bytes."""
     if not info.name.endswith(("_scale", "_scale_2")):
         return
+    values = torch.from_numpy(stored).view(DTYPES[info.dtype])
     if info.dtype == "F8_E4M3":
         bad = bool(((stored > 0x80) | (stored == 0x7F)).any())  # 0x80 is -0; above it negative or NaN
-        positive = not bool(((stored & 0x7F) == 0).any())
     else:
-        values = torch.from_numpy(stored).view(DTYPES[info.dtype])
         bad = not bool(((values >= 0) & values.isfinite()).all())
-        positive = bool((values > 0).all())
     if bad:
         raise CheckpointError(info.file, "holds a scale that is NaN, infinite or negative", info.name)
-    if info.name.endswith(_KV_SCALES) and not positive:
+    if info.name.endswith(_KV_SCALES) and not bool((values.float() > 0).all()):
         raise CheckpointError(info.file, "is 0, and the KV cache is divided by it", info.name)
 
 

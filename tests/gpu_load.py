@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests python tests/gpu_load.py OUT [FOLDER]
 
-Writes a checkpoint of Nano's geometry (17 GB of noise in the released formats), reads it with nothing but threads
+Writes a checkpoint of Nano's geometry (19 GB of noise in the released formats), reads it with nothing but threads
 that call pread, and loads it; each once with the system's cache of its files dropped, and once with it.
 """
 
