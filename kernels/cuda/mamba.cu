@@ -1,0 +1,166 @@
+// A Mamba-2 layer's step for one token between its projections: convolution, recurrence, gated norm.
+//
+// A cluster of blocks has a group of heads, because a group is normalised as one; a block has some rows of the state,
+// four a warp at a time. What no launch writes is read before the one in front has ended.
+//
+// NVRTC is given: HEADS, SIZE (rows of a head), STATES (128), HEAD_GROUPS, CLUSTER (blocks of a group).
+#include "machine.cuh"
+
+constexpr int INNER = HEADS * SIZE, GROUP_ROWS = INNER / HEAD_GROUPS, ROWS = GROUP_ROWS / CLUSTER;
+constexpr int CHANNELS = INNER + 2 * HEAD_GROUPS * STATES, OWN = ROWS + 2 * STATES;  // of the convolution; a block's
+constexpr int WARPS = 8, THREADS = WARPS * 32, PASSES = ROWS / (4 * WARPS), TURNS = (OWN + THREADS - 1) / THREADS;
+static_assert(STATES == 128 && ROWS % (4 * WARPS) == 0 && SIZE % 4 == 0, "");
+
+struct Arguments {
+  const u16* projected;      // z, x, B, C, dt
+  const float* conv_weight;  // [CHANNELS, 4]
+  const float* conv_bias;
+  u16* conv_state;           // [CHANNELS, 3]
+  const float* a_log;
+  const float* d;
+  const float* dt_bias;
+  float* state;              // [INNER, STATES]
+  const float* norm;
+  u16* out;
+  float eps;
+};
+
+DEVICE float silu(float v) { return v / (1 + __expf(-v)); }
+DEVICE float softplus(float v) { return fmaxf(v, 0) + log1pf(__expf(-fabsf(v))); }
+DEVICE float widened(u16 v) { return __uint_as_float((u32)v << 16); }
+
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+DEVICE Floats load_state(const float* p) {
+  float4 v = __ldcg((const float4*)p);
+  return {v.x, v.y, v.z, v.w};
+}
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE void store_at(float* in_shared, int block, float v) {  // in the shared memory of a block of the cluster
+  u32 at;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(place(in_shared)), "r"(block));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(at), "f"(v) : "memory");
+}
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) mamba(const __grid_constant__ Arguments a) {
+  __shared__ __align__(16) float convolved[OWN], sums[WARPS], squares[CLUSTER];
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, group = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
+  const int first = group * GROUP_ROWS + rank * ROWS, row = first + warp * 4 + lane / 8;  // and 4 WARPS on each pass
+  cluster_arrive();  // blocks of the cluster run, and have shared memory
+  float rate[PASSES], skip[PASSES], bias[PASSES], weight[PASSES];
+#pragma unroll
+  for (int p = 0; p < PASSES; ++p) {
+    const int head = (row + p * 4 * WARPS) / SIZE;
+    rate[p] = -__expf(a.a_log[head]), skip[p] = a.d[head], bias[p] = a.dt_bias[head];
+    weight[p] = a.norm[row + p * 4 * WARPS];
+  }
+  Floats taps[TURNS];
+  float conv_bias[TURNS];
+  int channel[TURNS];
+#pragma unroll
+  for (int i = 0; i < TURNS; ++i) {
+    int own = tid + i * THREADS;
+    channel[i] = own < ROWS ? first + own : INNER + (group + (own - ROWS) / STATES * HEAD_GROUPS) * STATES + (own - ROWS) % STATES;
+    if (own >= OWN) channel[i] = first;
+    taps[i] = *(const Floats*)(a.conv_weight + channel[i] * 4);
+    conv_bias[i] = a.conv_bias[channel[i]];
+  }
+  Floats s[PASSES][4];
+  float gated[PASSES];
+  u16 before[TURNS][3], now[TURNS];
+  // The state is only brought near: who calls this twice in a row wrote it in the launch in front.
+  if (lane % 8 == 0) {
+#pragma unroll
+    for (int p = 0; p < PASSES; ++p)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) prefetch(a.state + (u64)(row + p * 4 * WARPS) * STATES + j * 32);
+  }
+  wait_for_producers();
+  let_next_begin();
+#pragma unroll
+  for (int p = 0; p < PASSES; ++p)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      s[p][j] = load_state(a.state + (u64)(row + p * 4 * WARPS) * STATES + j * 32 + lane % 8 * 4);
+  u16 z[PASSES], dt[PASSES];
+#pragma unroll
+  for (int i = 0; i < TURNS; ++i) {
+    now[i] = __ldcg(a.projected + INNER + channel[i]);
+#pragma unroll
+    for (int k = 0; k < 3; ++k) before[i][k] = __ldcg(a.conv_state + channel[i] * 3 + k);
+  }
+#pragma unroll
+  for (int p = 0; p < PASSES; ++p) {
+    z[p] = __ldcg(a.projected + row + p * 4 * WARPS);
+    dt[p] = __ldcg(a.projected + INNER + CHANNELS + (row + p * 4 * WARPS) / SIZE);
+  }
+#pragma unroll
+  for (int i = 0; i < TURNS; ++i) {
+    float total = conv_bias[i];
+    total += widened(before[i][0]) * taps[i].x;
+    total += widened(before[i][1]) * taps[i].y;
+    total += widened(before[i][2]) * taps[i].z;
+    total += widened(now[i]) * taps[i].w;
+    if (tid + i * THREADS < OWN) convolved[tid + i * THREADS] = rounded(silu(total));
+  }
+  __syncthreads();
+  Floats b[4], c[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    b[j] = *(const Floats*)(convolved + ROWS + j * 32 + lane % 8 * 4);
+    c[j] = *(const Floats*)(convolved + ROWS + STATES + j * 32 + lane % 8 * 4);
+  }
+  float square = 0;
+#pragma unroll
+  for (int p = 0; p < PASSES; ++p) {
+    const float x = convolved[warp * 4 + lane / 8 + p * 4 * WARPS], step = softplus(widened(dt[p]) + bias[p]);
+    const float decay = __expf(step * rate[p]), entering = x * step;
+    float y = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      Floats& v = s[p][j];
+      v.x = v.x * decay + entering * b[j].x, v.y = v.y * decay + entering * b[j].y;
+      v.z = v.z * decay + entering * b[j].z, v.w = v.w * decay + entering * b[j].w;
+      y += v.x * c[j].x + v.y * c[j].y + v.z * c[j].z + v.w * c[j].w;
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < 8; lanes *= 2) y += __shfl_xor_sync(ALL, y, lanes);
+    gated[p] = rounded(y + x * skip[p]) * silu(widened(z[p]));
+    square += gated[p] * gated[p];
+  }
+  square += __shfl_xor_sync(ALL, square, 8);
+  square += __shfl_xor_sync(ALL, square, 16);
+  if (lane == 0) sums[warp] = square;
+  __syncthreads();
+  cluster_wait();
+  if (tid < CLUSTER) {
+    float own = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) own += sums[w];
+    store_at(squares + rank, tid, own);
+  }
+  cluster_arrive();
+#pragma unroll
+  for (int p = 0; p < PASSES; ++p)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      *(Floats*)(a.state + (u64)(row + p * 4 * WARPS) * STATES + j * 32 + lane % 8 * 4) = s[p][j];
+  cluster_wait();
+  float total = 0;
+#pragma unroll
+  for (int i = 0; i < CLUSTER; ++i) total += squares[i];
+  const float root = rsqrtf(total / GROUP_ROWS + a.eps);
+  if (lane % 8 == 0) {
+#pragma unroll
+    for (int p = 0; p < PASSES; ++p) a.out[row + p * 4 * WARPS] = (u16)two_bf16(gated[p] * root * weight[p], 0);
+  }
+  // All blocks of the group have read what the convolution had before.
+#pragma unroll
+  for (int i = 0; i < TURNS; ++i) {
+    const int own = tid + i * THREADS;
+    if (own < ROWS || (own < OWN && rank == 0)) {
+      u16* state = a.conv_state + channel[i] * 3;
+      state[0] = before[i][1], state[1] = before[i][2], state[2] = now[i];
+    }
+  }
+}

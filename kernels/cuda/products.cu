@@ -1,0 +1,422 @@
+// Weights times one token's vectors, in one launch: what a layer reads at once.
+//
+// A part is a matrix, or a stack of experts; a job is eight rows of one. A block takes every so-manieth job. One of its
+// warps copies the jobs' rows to a ring in shared memory, stage by stage, as far ahead as that has room. The others
+// are GROUPS groups of four, which take the stages in turn; a group shares a stage's columns. The first warp adds up
+// what they have of a job and writes it. So the weights of what the launch in front does not decide are on their way
+// before that has ended.
+//
+// NVRTC is given: GROUPS (a power of two), STAGES (a multiple of it, so that a stage is always the same group's); PARTS and lists with an entry a part: BITS_OF, COLUMNS_OF, COPIES_OF (experts, or 1),
+// ROWS_OF, SUMMED_OF (experts' results are added up), CHOSEN_OF (the part is of experts), VECTOR_OF (which vector it reads),
+// TO_OF (what becomes of a result); VECTORS and lists with an entry a vector: V_BITS_OF (of the weights that meet it),
+// V_COLUMNS_OF, V_COPIES_OF, V_SOURCE_OF (which input), V_NORMED_OF; and EXPERTS, TOP, NORMALIZE, CHOOSE (1: here,
+// 2: it was chosen before, 0: no experts).
+
+#include "step.cuh"
+#include "choice.cuh"
+
+enum { TO_BF16, TO_SQUARED, TO_STREAM, TO_FLOAT };
+
+struct Part {
+  const u8* weights;
+  const u8* scales;
+  const float* factors;  // a matrix's scale, of each expert one
+  void* out;
+};
+struct Arguments {
+  Part parts[3];
+  const u16* inputs[2];
+  const float* norm;
+  const u16* stream;   // a result of TO_STREAM is added to
+  const u16* addend;   // and to this before, unless it is null
+  const float* logits;
+  const float* bias;
+  int* ids;            // of the chosen, best first
+  float* chosen;       // their weights
+  float eps, scale;
+};
+
+#define LIST(name, ...)                  \
+  CONSTANT int name(int i) {             \
+    constexpr int list[] = {__VA_ARGS__}; \
+    return list[i];                      \
+  }
+LIST(BITS, BITS_OF)
+LIST(ROWS, ROWS_OF)
+LIST(COLUMNS, COLUMNS_OF)
+LIST(COPIES, COPIES_OF)
+LIST(SUMMED, SUMMED_OF)
+LIST(CHOSEN, CHOSEN_OF)
+LIST(VECTOR, VECTOR_OF)
+LIST(TO, TO_OF)
+LIST(V_BITS, V_BITS_OF)
+LIST(V_COLUMNS, V_COLUMNS_OF)
+LIST(V_COPIES, V_COPIES_OF)
+LIST(V_SOURCE, V_SOURCE_OF)
+LIST(V_NORMED, V_NORMED_OF)
+constexpr int LONGEST = 2816;  // bytes of a row that are copied at once, but for codes
+constexpr int GROUP = 4, WARPS = GROUPS * GROUP;
+
+CONSTANT int up_to(int value, int whole) { return (value + whole - 1) / whole * whole; }
+CONSTANT int row_bytes(int p) { return COLUMNS(p) * BITS(p) / 8; }
+CONSTANT int pieces(int p) {
+  int count = BITS(p) == 4 ? 1 : (row_bytes(p) + LONGEST - 1) / LONGEST;
+  while (count > 1 && row_bytes(p) % (count * 128)) ++count;
+  return count;
+}
+CONSTANT int piece_bytes(int p) { return row_bytes(p) / pieces(p); }
+CONSTANT int pitch(int p) { return pieces(p) == 1 ? piece_bytes(p) : up_to(piece_bytes(p), 128) + 64; }
+CONSTANT int steps(int p) { return up_to(piece_bytes(p), 128) / 128; }
+CONSTANT int scale_bytes(int p) { return BITS(p) == 4 ? COLUMNS(p) / 16 : 0; }  // of a row
+CONSTANT int stage_bytes(int p) { return up_to(8 * pitch(p) + 8 * scale_bytes(p) + 128, 128); }
+CONSTANT int stage_size(int p = 0) {
+  return p == PARTS ? 0 : stage_bytes(p) > stage_size(p + 1) ? stage_bytes(p) : stage_size(p + 1);
+}
+CONSTANT int vector_bytes(int v) {  // of a copy: with zeros to its last step's end
+  return up_to(V_COLUMNS(v), columns_of(V_BITS(v))) * 2;
+}
+CONSTANT int vector_at(int v) { return v == 0 ? 0 : vector_at(v - 1) + V_COPIES(v - 1) * vector_bytes(v - 1); }
+
+// Shared memory.
+// Where a lane's part of a vector is none, it reads zeros, from banks that the others of its eight do not touch.
+constexpr int RED = 256, CHOICE = RED + STAGES * WARPS * 32, KEYS = CHOICE + 256;
+constexpr int ZEROS = up_to(KEYS + (CHOOSE == 1 ? EXPERTS * 8 : 0), 128) + 96, X = ZEROS + 160, RING = up_to(X + vector_at(VECTORS), 128), STAGE = stage_size();
+constexpr int THREADS = WARPS * 32;  // but for the warp that copies
+static_assert(STAGES <= 16 && STAGES % GROUPS == 0, "a stage is always the same group's");
+
+CONSTANT int tiles(int p) { return (ROWS(p) + 7) / 8; }
+CONSTANT int jobs(int p) { return tiles(p) * (SUMMED(p) ? 1 : COPIES(p)); }
+CONSTANT int stages(int p) { return pieces(p) * (SUMMED(p) ? COPIES(p) : 1); }  // of a job
+constexpr int P1 = PARTS > 1 ? 1 : 0, P2 = PARTS > 2 ? 2 : 0, V1 = VECTORS > 1 ? 1 : 0, V2 = VECTORS > 2 ? 2 : 0;
+constexpr bool SINGLE = stages(0) == 1 && stages(P1) == 1 && stages(P2) == 1;  // every job is a stage
+constexpr int TURN = SINGLE ? GROUPS : 1;
+constexpr int FIRST_JOBS = jobs(0), SECOND_JOBS = PARTS > 1 ? jobs(P1) : 0, THIRD_JOBS = PARTS > 2 ? jobs(P2) : 0;
+
+// Where a block is in its work: a job of a part, and in it a stage's worth. A summed part's job has all experts' rows.
+struct Cursor {
+  int job, part, inner;
+  DEVICE bool settle() {  // which part the job is of; false past the end
+    if (part == 0 && job >= FIRST_JOBS) job -= FIRST_JOBS, part = 1;
+    if (PARTS > 1 && part == 1 && job >= SECOND_JOBS) job -= SECOND_JOBS, part = 2;
+    if (PARTS > 2 && part == 2 && job >= THIRD_JOBS) part = 3;
+    return part < PARTS;
+  }
+  DEVICE int stages() const { return part == 0 ? ::stages(0) : PARTS > 1 && part == 1 ? ::stages(P1) : ::stages(P2); }
+  DEVICE bool chosen() const { return part == 0 ? CHOSEN(0) : PARTS > 1 && part == 1 ? CHOSEN(P1) : CHOSEN(P2); }
+  DEVICE bool next_job(int turn = 1) {
+    inner = 0;
+    job += gridDim.x * turn;
+    return settle();
+  }
+  DEVICE bool next_stage() { return ++inner < stages() || next_job(); }
+};
+
+struct Shared {
+  u8* memory;
+  DEVICE u64* full(int stage) const { return (u64*)memory + stage; }
+  DEVICE u64* empty(int stage) const { return (u64*)memory + 16 + stage; }
+  DEVICE float* red(int stage) const { return (float*)(memory + RED) + stage * WARPS * 8; }
+  DEVICE int* ids() const { return (int*)(memory + CHOICE); }
+  DEVICE float* weights() const { return (float*)(memory + CHOICE + 128); }
+  DEVICE u8* ring(int stage) const { return memory + RING + stage * STAGE; }
+};
+
+// Begin a stage's copies; one lane.
+template <int P> DEVICE void fill(const Arguments& a, const Shared& s, const Cursor& c, int stage) {
+  int tile = c.job, copy = 0, piece = c.inner;
+  if (SUMMED(P)) copy = c.inner / pieces(P), piece = c.inner % pieces(P);
+  else if (COPIES(P) > 1) copy = c.job / tiles(P), tile = c.job - copy * tiles(P);
+  const Part& part = a.parts[P];
+  u64 row = (u64)(CHOSEN(P) ? s.ids()[copy] : 0) * ROWS(P) + tile * 8;
+  int rows = min(8, ROWS(P) - tile * 8);
+  u8* to = s.ring(stage);
+  u64* barrier = s.full(stage);
+  arrive_and_expect(barrier, rows * (piece_bytes(P) + scale_bytes(P)));
+  const u8* from = part.weights + row * row_bytes(P) + piece * piece_bytes(P);
+  if (pieces(P) == 1) {
+    copy_bulk(to, from, rows * piece_bytes(P), barrier);
+  } else {
+#pragma unroll 1
+    for (int r = 0; r < rows; ++r) copy_bulk(to + r * pitch(P), from + (u64)r * row_bytes(P), piece_bytes(P), barrier);
+  }
+  if (BITS(P) == 4) copy_bulk(to + 8 * pitch(P), part.scales + row * scale_bytes(P), rows * scale_bytes(P), barrier);
+}
+
+DEVICE void fill_next(const Arguments& a, const Shared& s, const Cursor& c, int stage) {
+  if (c.part == 0) fill<0>(a, s, c, stage);
+  else if (PARTS > 1 && c.part == 1) fill<P1>(a, s, c, stage);
+  else if (PARTS > 2) fill<P2>(a, s, c, stage);
+}
+
+// Eight rows' results, in lanes below 8, to where they go.
+template <int P>
+DEVICE void finish(const Arguments& a, const Shared& s, const Cursor& c, float y, float factor, u32 before, u32 add) {
+  const Part& part = a.parts[P];
+  int tile = c.job, copy = 0, lane = threadIdx.x & 31;
+  if (!SUMMED(P) && COPIES(P) > 1) copy = c.job / tiles(P), tile = c.job - copy * tiles(P);
+  if (lane >= 8 || tile * 8 + lane >= ROWS(P)) return;
+  const int row = copy * ROWS(P) + tile * 8 + lane;
+  y *= down_of(BITS(P)) * (SUMMED(P) ? 1.0f : CHOSEN(P) ? s.weights()[copy] : factor);
+  if (TO(P) == TO_FLOAT) {
+    ((float*)part.out)[row] = y;
+    return;
+  }
+  y = rounded(y);
+  if (TO(P) == TO_SQUARED) y = fmaxf(y, 0), y *= y;
+  if (TO(P) == TO_STREAM) {
+    if (a.addend) y = rounded(y + lower(add));
+    y += lower(before);
+  }
+  ((u16*)part.out)[row] = (u16)two_bf16(y, 0);
+}
+
+// The warp that copies, and writes results.
+DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bool some) {
+  const int lane = threadIdx.x & 31;
+  Cursor fill_at = begin, done = begin;
+  bool more = some;
+  int filled = 0;
+  if (lane == 0) {
+    for (int i = 0; i < STAGES; ++i) begin_barrier(s.full(i), 1), begin_barrier(s.empty(i), GROUP);
+    publish_barriers();
+  }
+  // What the launch in front does not decide.
+#pragma unroll 1
+  for (; more && filled < STAGES && !fill_at.chosen(); ++filled) {
+    if (lane == 0) fill_next(a, s, fill_at, filled);
+    more = fill_at.next_stage();
+  }
+  float factors[3] = {1, 1, 1};
+#pragma unroll
+  for (int p = 0; p < PARTS; ++p)
+    if (BITS(p) < 16 && !CHOSEN(p)) factors[p] = *a.parts[p].factors;
+  __syncthreads();
+  wait_for_producers();
+  let_next_begin();
+#if CHOOSE == 1
+  u32* keys = (u32*)(s.memory + KEYS);
+  choose<EXPERTS, TOP, NORMALIZE>(a.logits, a.bias, a.scale, keys, (int*)keys + EXPERTS, s.ids(), s.weights());
+#elif CHOOSE == 2
+  if (lane < TOP) s.ids()[lane] = __ldcg(a.ids + lane), s.weights()[lane] = __ldcg(a.chosen + lane);
+#endif
+#if CHOOSE > 0
+  constexpr int of = CHOSEN(P2) ? P2 : CHOSEN(P1) ? P1 : 0;
+  if (lane < TOP) {
+    int id = s.ids()[lane];
+    float weight = s.weights()[lane], factor = BITS(of) < 16 ? a.parts[of].factors[id] : 1.0f;
+    if (CHOOSE == 1 && blockIdx.x == 0) a.ids[lane] = id, a.chosen[lane] = weight;
+    s.weights()[lane] = SUMMED(of) ? weight * factor : factor;
+  }
+  __syncwarp();
+#endif
+#pragma unroll 1
+  for (; more && filled < STAGES; ++filled) {
+    if (lane == 0) fill_next(a, s, fill_at, filled);
+    more = fill_at.next_stage();
+  }
+  int stage = 0, first = 0, order = 0;  // of the job: its first stage's group, its place among results
+  u32 parity = 0;
+#pragma unroll 1
+  for (bool left = some; left; left = done.next_stage()) {
+    const bool last = done.inner + 1 == done.stages();
+    u32 before = 0, add = 0;
+    if (TO(0) == TO_STREAM && last && lane < 8 && done.job * 8 + lane < ROWS(0)) {
+      before = __ldcg(a.stream + done.job * 8 + lane);
+      if (a.addend) add = __ldcg(a.addend + done.job * 8 + lane);
+    }
+    wait_phase(s.empty(stage), parity);
+    float y = 0;
+    if (last) {
+      const int count = done.stages();
+#pragma unroll
+      for (int i = 0; i < (SINGLE ? 1 : GROUPS); ++i)
+        if (i < count) y += s.red(order)[(first + i) % GROUPS * GROUP * 8 + lane];
+      y += __shfl_xor_sync(ALL, y, 8);
+      y += __shfl_xor_sync(ALL, y, 16);
+      first = (first + count) % GROUPS;
+      if (++order == STAGES) order = 0;
+    }
+    if (more) {
+      if (lane == 0) fill_next(a, s, fill_at, stage);
+      more = fill_at.next_stage();
+    }
+    if (last) {
+      if (done.part == 0) finish<0>(a, s, done, y, factors[0], before, add);
+      else if (PARTS > 1 && done.part == 1) finish<P1>(a, s, done, y, factors[P1], before, add);
+      else if (PARTS > 2) finish<P2>(a, s, done, y, factors[P2], before, add);
+    }
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+}
+
+template <int V> DEVICE void put_normed(u8* x, int at, const float* f) {  // in each vector of the norm
+  if (V_NORMED(V)) {
+    const float up = V_BITS(V) < 16 ? UP : 1.0f;
+    float g[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) g[i] = f[i] * up;
+    put_eight<V_BITS(V)>(x + vector_at(V), at, g);
+  }
+}
+
+CONSTANT int EACH(int columns) { return (columns / 8 + THREADS - 1) / THREADS; }
+constexpr int NORM_COLUMNS = V_NORMED(0) ? V_COLUMNS(0) : 8;
+
+DEVICE void widen(const uint4& w, float* f) {
+  f[0] = lower(w.x), f[1] = upper(w.x), f[2] = lower(w.y), f[3] = upper(w.y);
+  f[4] = lower(w.z), f[5] = upper(w.z), f[6] = lower(w.w), f[7] = upper(w.w);
+}
+
+template <int V> DEVICE void load_plain(const Arguments& a, u8* x) {
+  if (V_NORMED(V)) return;
+  constexpr int eights = V_COLUMNS(V) / 8, all = eights * V_COPIES(V), batch = 4;
+  const uint4* from = (const uint4*)a.inputs[V_SOURCE(V)];
+#pragma unroll 1
+  for (int first = threadIdx.x; first < all; first += THREADS * batch) {
+    uint4 w[batch];
+#pragma unroll
+    for (int i = 0; i < batch; ++i) w[i] = __ldcg(from + min(first + i * THREADS, all - 1));
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      int at = first + i * THREADS;
+      if (at >= all) break;
+      float f[8];
+      widen(w[i], f);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) f[k] *= V_BITS(V) < 16 ? UP : 1.0f;
+      int copy = V_COPIES(V) == 1 ? 0 : at / eights;
+      put_eight<V_BITS(V)>(x + vector_at(V) + copy * vector_bytes(V), (at - copy * eights) * 8, f);
+    }
+  }
+}
+
+// The vectors, into shared memory.
+DEVICE void prepare(const Arguments& a, u8* x) {
+  constexpr int n = EACH(NORM_COLUMNS);
+  const int t = threadIdx.x;
+  Floats weight[n][2];
+  if (V_NORMED(0)) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      int at = min(i * THREADS + t, NORM_COLUMNS / 8 - 1) * 8;
+      weight[i][0] = *(const Floats*)(a.norm + at), weight[i][1] = *(const Floats*)(a.norm + at + 4);
+    }
+  }
+  wait_for_producers();
+  if (V_NORMED(0)) {
+    float f[n][8], square = 0;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      int at = i * THREADS + t;
+      uint4 w = at < NORM_COLUMNS / 8 ? __ldcg((const uint4*)a.inputs[0] + at) : uint4{0, 0, 0, 0};
+      widen(w, f[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+#pragma unroll
+      for (int k = 0; k < 8; ++k) square += f[i][k] * f[i][k];
+    square = warp_sum(square);
+    float* sums = (float*)(x - X + RED);  // nobody has left results yet
+    if (t % 32 == 0) sums[t / 32] = square;
+    sync_some(THREADS);
+    square = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) square += sums[w];
+    const float root = rsqrtf(square / NORM_COLUMNS + a.eps);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      int at = i * THREADS + t;
+      const float m[8] = {weight[i][0].x, weight[i][0].y, weight[i][0].z, weight[i][0].w,
+                          weight[i][1].x, weight[i][1].y, weight[i][1].z, weight[i][1].w};
+#pragma unroll
+      for (int k = 0; k < 8; ++k) f[i][k] = f[i][k] * root * m[k];
+      if (at < NORM_COLUMNS / 8) {
+        put_normed<0>(x, at * 8, f[i]);
+        if (VECTORS > 1) put_normed<V1>(x, at * 8, f[i]);
+        if (VECTORS > 2) put_normed<V2>(x, at * 8, f[i]);
+      }
+    }
+  }
+  load_plain<0>(a, x);
+  if (VECTORS > 1) load_plain<V1>(a, x);
+  if (VECTORS > 2) load_plain<V2>(a, x);
+  sync_some(THREADS);
+}
+
+// Zeros from each copy's last column to its last step's end.
+template <int V> DEVICE void pad(u8* x) {
+  constexpr int own = V_COLUMNS(V) * 2, rest = (vector_bytes(V) - own) / 16;
+  for (int i = threadIdx.x; i < rest * V_COPIES(V); i += THREADS)
+    *(Words*)(x + vector_at(V) + i / (rest ? rest : 1) * vector_bytes(V) + own + i % (rest ? rest : 1) * 16) = {0, 0, 0, 0};
+}
+
+// One job's share of a warp, the `warp`-th of `group`. `turn` counts stages and `order` jobs of the block.
+template <int P>
+DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int lane, u32 turn, u32 order) {
+  constexpr int bits = BITS(P), all = stages(P);
+  const int g = lane >> 2, t = lane & 3;
+  Sums sums = {};
+  float total = 0;
+  int inner = SINGLE ? 0 : (group - turn) % GROUPS;
+  if (!SINGLE && inner >= all) return;
+  int stride, first = (warp + c.job) % GROUP;  // the last steps fall to another warp each time
+  const u8* x = lane_vector<bits>(s.memory + X + vector_at(VECTOR(P)), s.memory + ZEROS, lane, stride);
+  const int vector = stride ? vector_bytes(VECTOR(P)) : 0;
+#pragma unroll 1
+  do {
+    const int copy = SUMMED(P) ? inner / pieces(P) : 0, piece = SUMMED(P) ? inner % pieces(P) : inner;
+    const u32 stage = (turn + inner) % STAGES;
+    const u8* ring = s.ring(stage);
+    const u8 *w = ring + g * pitch(P) + t * 16 + first * 128, *scales = ring + 8 * pitch(P) + g * scale_bytes(P) + t * 4 + first * 16;
+    const u8* at = x + (piece * steps(P) + first) * stride + copy * vector;
+    // A last step may reach past the row, where the vector is zero and codes are numbers, but a scale may be none.
+    const u8* end = ring + 8 * pitch(P) + (g + 1) * scale_bytes(P) - 4;
+    wait_phase(s.full(stage), (turn + inner) / STAGES & 1);
+#pragma unroll 1
+    for (int i = first; i < steps(P); i += GROUP, w += GROUP * 128, scales += GROUP * 16, at += GROUP * stride)
+      step<bits>(sums, w, bits == 4 && scale_bytes(P) % 16 && scales > end ? end : scales, at);
+    if (SUMMED(P)) {
+      float factor = s.weights()[copy];
+      if (bits == 8 || bits == 16) total += (sums.c[0] + sums.d[0] + sums.c[3] + sums.d[3]) * factor;
+      else total += (bits == 4 && t >= 2 ? sums.b : sums.a) * factor;
+      sums = {};
+    }
+    inner += GROUPS;
+    if (inner >= all) {
+      if (SUMMED(P)) sums = {total, total, {total}};
+      float y = row_sum<bits>(sums, lane);
+      if (t == 0) s.red(order % STAGES)[(group * GROUP + warp) * 8 + g] = y;
+    }
+    __syncwarp();
+    if (lane == 0) arrive(s.empty(stage));
+  } while (inner < all);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32) products(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(128) u8 memory[];
+  const Shared s = {memory};
+  const int lane = threadIdx.x & 31, warp = __shfl_sync(ALL, threadIdx.x >> 5, 0), group = warp / GROUP;
+  Cursor c = {(int)blockIdx.x, 0, 0};
+  if (warp == WARPS) {
+    bool some = c.settle();
+    produce(a, s, c, some);
+    return;
+  }
+  u8* x = memory + X;
+  if (threadIdx.x < 4) ((Words*)(memory + ZEROS))[threadIdx.x] = {0, 0, 0, 0};
+  pad<0>(x);
+  if (VECTORS > 1) pad<V1>(x);
+  if (VECTORS > 2) pad<V2>(x);
+  __syncthreads();  // the barriers are there
+  prepare(a, x);
+  u32 turn = 0, order = 0;
+  if (SINGLE) turn = order = group, c.job += group * gridDim.x;
+#pragma unroll 1
+  for (bool left = c.settle(); left; left = c.next_job(TURN)) {
+    if (c.part == 0) consume<0>(s, c, group, warp % GROUP, lane, turn, order);
+    else if (PARTS > 1 && c.part == 1) consume<P1>(s, c, group, warp % GROUP, lane, turn, order);
+    else if (PARTS > 2) consume<P2>(s, c, group, warp % GROUP, lane, turn, order);
+    turn += SINGLE ? GROUPS : c.stages();
+    order += TURN;
+  }
+}

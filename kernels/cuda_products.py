@@ -1,0 +1,231 @@
+"""Host side of cuda/products.cu: which matrices a launch reads, and over which vectors. One token at a time."""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nanoserve.kernels import nvrtc
+from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
+
+BITS = {torch.bfloat16: 16, torch.float32: 32}
+LONGEST = 2816
+"""Bytes of a row that are copied at once, but for codes."""
+GROUP = 4
+"""Warps that share a stage."""
+
+To = Literal["BF16", "SQUARED", "STREAM", "FLOAT"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A matrix of a launch, or a stack of experts.
+
+    Attributes:
+        bits: of a weight: 4, 8, 16, 32.
+        rows, columns: of a matrix.
+        vector: which of the launch's vectors it reads.
+        to: what becomes of a result: rounded; relu² of the rounded; added to the stream; float32.
+        copies: chosen experts; 0 for a matrix.
+        summed: their results are weighted and added up; each has a vector of its own.
+    """
+
+    bits: int
+    rows: int
+    columns: int
+    vector: int = 0
+    to: To = "BF16"
+    copies: int = 0
+    summed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """A vector of a launch, as the weights of ``bits`` want it.
+
+    Attributes:
+        bits, columns: as of the parts that read it.
+        source: which input it is.
+        normed: it is the norm of input 0.
+        copies: so many lie behind one another, one an expert.
+    """
+
+    bits: int
+    columns: int
+    source: int = 0
+    normed: bool = False
+    copies: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """Where experts are chosen: ``here``, or in a launch before."""
+
+    experts: int
+    top_k: int
+    normalize: bool
+    here: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a launch is cut: groups of warps that take turns, stages of a block's ring, blocks a multiprocessor."""
+
+    groups: int = 4
+    stages: int = 6
+    blocks: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Of a block: its groups, and the warp that copies."""
+        return (self.groups * GROUP + 1) * 32
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A launch's shape: all that is compiled into it."""
+
+    parts: tuple[Part, ...]
+    vectors: tuple[Vector, ...]
+    router: Router | None = None
+
+    def defines(self, cut: Cut) -> dict[str, str]:
+        """What products.cu is given."""
+
+        def of(values: "list[int] | list[str] | list[bool]") -> str:
+            return ",".join(str(int(value)) if isinstance(value, bool) else str(value) for value in values)
+
+        p, v, r = self.parts, self.vectors, self.router
+        return {
+            "GROUPS": str(cut.groups),
+            "STAGES": str(cut.stages),
+            "PARTS": str(len(p)),
+            "BITS_OF": of([x.bits for x in p]),
+            "ROWS_OF": of([x.rows for x in p]),
+            "COLUMNS_OF": of([x.columns for x in p]),
+            "COPIES_OF": of([max(x.copies, 1) for x in p]),
+            "SUMMED_OF": of([x.summed for x in p]),
+            "CHOSEN_OF": of([x.copies > 0 for x in p]),
+            "VECTOR_OF": of([x.vector for x in p]),
+            "TO_OF": of([f"TO_{x.to}" for x in p]),
+            "VECTORS": str(len(v)),
+            "V_BITS_OF": of([x.bits for x in v]),
+            "V_COLUMNS_OF": of([x.columns for x in v]),
+            "V_COPIES_OF": of([x.copies for x in v]),
+            "V_SOURCE_OF": of([x.source for x in v]),
+            "V_NORMED_OF": of([x.normed for x in v]),
+            "EXPERTS": str(r.experts if r else 1),
+            "TOP": str(r.top_k if r else 1),
+            "NORMALIZE": str(int(r.normalize if r else False)),
+            "CHOOSE": str(0 if r is None else 1 if r.here else 2),
+        }
+
+    def shared(self, cut: Cut) -> int:
+        """Bytes of shared memory of a block, as products.cu lays it out."""
+        vectors = sum(x.copies * _up_to(x.columns, 1024 // x.bits) * 2 for x in self.vectors)
+        keys = self.router.experts * 8 if self.router and self.router.here else 0
+        ring = _up_to(_up_to(512 + cut.stages * cut.groups * GROUP * 32 + keys, 128) + 256 + vectors, 128)
+        return ring + cut.stages * max(_stage_bytes(part) for part in self.parts)
+
+    @property
+    def jobs(self) -> int:
+        """Eights of rows."""
+        return sum(-(-x.rows // 8) * (1 if x.summed else max(x.copies, 1)) for x in self.parts)
+
+
+def _up_to(value: int, whole: int) -> int:
+    return -(-value // whole) * whole
+
+
+def _stage_bytes(part: Part) -> int:
+    row = part.columns * part.bits // 8
+    pieces = 1 if part.bits == 4 else -(-row // LONGEST)
+    while pieces > 1 and row % (pieces * 128):
+        pieces += 1
+    piece = row // pieces
+    pitch = piece if pieces == 1 else _up_to(piece, 128) + 64
+    scales = part.columns // 16 if part.bits == 4 else 0
+    return _up_to(8 * pitch + 8 * scales + 128, 128)
+
+
+class _Part(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weights", "scales", "factors", "out")]
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        ("parts", _Part * 3),
+        ("inputs", ctypes.c_void_p * 2),
+        *((name, ctypes.c_void_p) for name in ("norm", "stream", "addend", "logits", "bias", "ids", "chosen")),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a launch reads and writes beside its weights and their results.
+
+    Attributes:
+        vectors: BF16 inputs, at most two.
+        norm, eps: of input 0, where a vector is normed.
+        stream: what results are added to.
+        addend: added to a result before that.
+        logits, bias, scale: of the choice, where it is made here.
+        ids, chosen: the chosen experts, int32, and their weights, float32.
+    """
+
+    vectors: tuple[Tensor, ...]
+    norm: Tensor | None = None
+    eps: float = 0.0
+    stream: Tensor | None = None
+    addend: Tensor | None = None
+    logits: Tensor | None = None
+    bias: Tensor | None = None
+    ids: Tensor | None = None
+    chosen: Tensor | None = None
+    scale: float = 0.0
+
+
+def bits_of(weight: Weight) -> int:
+    """Of a weight as it is stored."""
+    match weight:
+        case Nvfp4():
+            return 4
+        case Fp8():
+            return 8
+        case Plain(data):
+            return BITS[data.dtype]
+
+
+def _pointers(weight: Weight, out: Tensor) -> tuple[int, int, int, int]:
+    match weight:
+        case Nvfp4(data, scales, factor):
+            return data.data_ptr(), scales.data_ptr(), factor.data_ptr(), out.data_ptr()
+        case Fp8(data, scale):
+            return data.data_ptr(), 0, scale.data_ptr(), out.data_ptr()
+        case Plain(data):
+            return data.data_ptr(), 0, 0, out.data_ptr()
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def run(plan: Plan, weights: tuple[Weight, ...], outs: tuple[Tensor, ...], inputs: Inputs, cut: Cut) -> None:
+    """Launch a plan: ``outs`` are set to the parts' results."""
+    device = outs[0].device
+    kernel = nvrtc.load("products.cu", plan.defines(cut), cut.threads, plan.shared(cut), device)
+    arguments = _Arguments(eps=inputs.eps, scale=inputs.scale)
+    for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
+        arguments.parts[i] = _Part(*_pointers(weight, out))
+    for i, vector in enumerate(inputs.vectors):
+        arguments.inputs[i] = vector.data_ptr()
+    for name in ("norm", "stream", "addend", "logits", "bias", "ids", "chosen"):
+        tensor: Tensor | None = getattr(inputs, name)
+        setattr(arguments, name, tensor.data_ptr() if tensor is not None else None)
+    kernel.launch(min(plan.jobs, cut.blocks * _multiprocessors(device)), arguments, device)
