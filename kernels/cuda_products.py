@@ -12,7 +12,7 @@ from nanoserve.kernels import nvrtc
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
 
 BITS = {torch.bfloat16: 16, torch.float32: 32}
-LONGEST = 2816
+LONGEST = 4096
 """Bytes of a row that are copied at once, but for codes."""
 GROUP = 4
 """Warps that share a stage."""
@@ -30,7 +30,9 @@ class Part:
         vector: which of the launch's vectors it reads.
         to: what becomes of a result: rounded; relu² of the rounded; added to the stream; float32.
         copies: chosen experts; 0 for a matrix.
-        summed: their results are weighted and added up; each has a vector of its own.
+        summed: their results are weighted and added up; each has a vector of its own, which lies ready in input 0.
+        eights: of rows that are one job: 1, 2 or 4.
+        ready: bits of the weights that will meet the result, in whose order it is left; 0 leaves it as it is.
     """
 
     bits: int
@@ -40,6 +42,8 @@ class Part:
     to: To = "BF16"
     copies: int = 0
     summed: bool = False
+    eights: int = 1
+    ready: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +54,16 @@ class Vector:
         bits, columns: as of the parts that read it.
         source: which input it is.
         normed: it is the norm of input 0.
-        copies: so many lie behind one another, one an expert.
+        ready: it lies in the weights' order already.
+        none: there is none: a summed part's vectors come with its rows.
     """
 
     bits: int
     columns: int
     source: int = 0
     normed: bool = False
-    copies: int = 1
+    ready: bool = False
+    none: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +80,8 @@ class Router:
 class Cut:
     """How a launch is cut: groups of warps that take turns, stages of a block's ring, blocks a multiprocessor."""
 
-    groups: int = 4
-    stages: int = 6
+    groups: int = 2
+    stages: int = 4
     blocks: int = 1
 
     @property
@@ -103,6 +109,7 @@ class Plan:
             "GROUPS": str(cut.groups),
             "STAGES": str(cut.stages),
             "PARTS": str(len(p)),
+            "EIGHTS_OF": of([x.eights for x in p]),
             "BITS_OF": of([x.bits for x in p]),
             "ROWS_OF": of([x.rows for x in p]),
             "COLUMNS_OF": of([x.columns for x in p]),
@@ -111,12 +118,14 @@ class Plan:
             "CHOSEN_OF": of([x.copies > 0 for x in p]),
             "VECTOR_OF": of([x.vector for x in p]),
             "TO_OF": of([f"TO_{x.to}" for x in p]),
+            "FOR_OF": of([x.ready for x in p]),
             "VECTORS": str(len(v)),
             "V_BITS_OF": of([x.bits for x in v]),
             "V_COLUMNS_OF": of([x.columns for x in v]),
-            "V_COPIES_OF": of([x.copies for x in v]),
+            "V_NONE_OF": of([x.none for x in v]),
             "V_SOURCE_OF": of([x.source for x in v]),
             "V_NORMED_OF": of([x.normed for x in v]),
+            "V_READY_OF": of([x.ready for x in v]),
             "EXPERTS": str(r.experts if r else 1),
             "TOP": str(r.top_k if r else 1),
             "NORMALIZE": str(int(r.normalize if r else False)),
@@ -125,15 +134,15 @@ class Plan:
 
     def shared(self, cut: Cut) -> int:
         """Bytes of shared memory of a block, as products.cu lays it out."""
-        vectors = sum(x.copies * _up_to(x.columns, 1024 // x.bits) * 2 for x in self.vectors)
-        keys = self.router.experts * 8 if self.router and self.router.here else 0
-        ring = _up_to(_up_to(512 + cut.stages * cut.groups * GROUP * 32 + keys, 128) + 256 + vectors, 128)
+        vectors = sum(_up_to(x.columns, 1024 // x.bits) * 2 for x in self.vectors if not x.none)
+        keys = self.router.experts * 16 if self.router and self.router.here else 0
+        ring = _up_to(_up_to(768 + cut.stages * cut.groups * GROUP * max(x.eights for x in self.parts) * 32 + keys, 128) + 256 + vectors, 128)
         return ring + cut.stages * max(_stage_bytes(part) for part in self.parts)
 
     @property
     def jobs(self) -> int:
-        """Eights of rows."""
-        return sum(-(-x.rows // 8) * (1 if x.summed else max(x.copies, 1)) for x in self.parts)
+        """Of all parts."""
+        return sum(-(-x.rows // (8 * x.eights)) * (1 if x.summed else max(x.copies, 1)) for x in self.parts)
 
 
 def _up_to(value: int, whole: int) -> int:
@@ -148,7 +157,8 @@ def _stage_bytes(part: Part) -> int:
     piece = row // pieces
     pitch = piece if pieces == 1 else _up_to(piece, 128) + 64
     scales = part.columns // 16 if part.bits == 4 else 0
-    return _up_to(8 * pitch + 8 * scales + 128, 128)
+    vector = _up_to(part.columns * 2, 128) if part.summed else 0
+    return _up_to(8 * part.eights * (pitch + scales) + 128, 128) + vector
 
 
 class _Part(ctypes.Structure):

@@ -9,54 +9,83 @@ DEVICE u32 ordered(float v) {
 }
 DEVICE float sigmoid(float v) { return 1 / (1 + __expf(-v)); }
 
-// The TOP (at most 32) best of EXPERTS by sigmoid(logit) + bias, best first, of equals the lower number, and their
-// weights. A lane has neighbouring experts; the TOP-th best of the lanes' best is at most the TOP-th best of all, so
-// that what is less is out. The others, in the order of their numbers, each count who is better.
-template <int COUNT, int BEST, bool SUM_ONE>
-DEVICE void choose(const float* logits, const float* bias, float scale, u32* keys, int* numbers, int* ids, float* weights) {
-  constexpr int EACH = (COUNT + 31) / 32;
+// What is known of an expert.
+struct alignas(16) Candidate {
+  u32 key;  // sigmoid(logit) + bias, in the order of integers
+  int number;
+  float score, factor;  // sigmoid(logit); the scale of its matrix
+};
+
+// The BEST (at most 32) of COUNT experts by sigmoid(logit) + bias, best first, of equals the lower number: ids, and
+// each lane below BEST its expert's weight and factor. A lane has neighbouring experts; the BEST-th best of the lanes'
+// best is at most the BEST-th best of all, so that what is less is out. The others, in the order of their numbers,
+// each count who is better.
+template <int COUNT, int BEST, bool SUM_ONE> struct Choice {
+  static constexpr int EACH = (COUNT + 31) / 32;
   static_assert(BEST <= 32 && BEST <= COUNT, "");
-  const int lane = threadIdx.x & 31;
-  u32 key[EACH], best = 0;
+  float bias[EACH], factor[EACH];
+
+  DEVICE void load(const float* all_bias, const float* factors) {  // what no launch writes
 #pragma unroll
-  for (int j = 0; j < EACH; ++j) {
-    int e = lane * EACH + j;
-    key[j] = e < COUNT ? ordered(sigmoid(__ldcg(logits + e)) + bias[e]) : 0;
-    best = key[j] > best ? key[j] : best;
+    for (int j = 0; j < EACH; ++j) {
+      int e = min((int)(threadIdx.x & 31) * EACH + j, COUNT - 1);
+      bias[j] = all_bias[e];
+      factor[j] = factors ? factors[e] : 1;
+    }
   }
-  int rank = 0;
-#pragma unroll 4
-  for (int i = 0; i < 32; ++i) {
-    u32 other = __shfl_sync(ALL, best, i);
-    rank += other > best || (other == best && i < lane);
-  }
-  u32 least = __shfl_sync(ALL, best, __ffs(__ballot_sync(ALL, rank == BEST - 1)) - 1);
-  int own = 0;
+
+  DEVICE void choose(const float* logits, float scale, Candidate* able, int* ids, float& weight, float& own_factor) const {
+    const int lane = threadIdx.x & 31;
+    u32 key[EACH], best = 0;
+    float score[EACH];
 #pragma unroll
-  for (int j = 0; j < EACH; ++j) own += key[j] >= least && key[j] != 0;
-  int before = own;
+    for (int j = 0; j < EACH; ++j) score[j] = __ldcg(logits + min(lane * EACH + j, COUNT - 1));
 #pragma unroll
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    int other = __shfl_up_sync(ALL, before, lanes);
-    before += lane >= lanes ? other : 0;
-  }
-  const int all = __shfl_sync(ALL, before, 31);
-  before -= own;
+    for (int j = 0; j < EACH; ++j) {
+      score[j] = sigmoid(score[j]);
+      key[j] = lane * EACH + j < COUNT ? ordered(score[j] + bias[j]) : 0;
+      best = max(key[j], best);
+    }
+    int rank = 0;
+#pragma unroll 8
+    for (int i = 0; i < 32; ++i) {
+      u32 other = __shfl_sync(ALL, best, i);
+      rank += other > best || (other == best && i < lane);
+    }
+    const u32 least = __shfl_sync(ALL, best, __ffs(__ballot_sync(ALL, rank == BEST - 1)) - 1);
+    int own = 0;
 #pragma unroll
-  for (int j = 0; j < EACH; ++j)
-    if (key[j] >= least && key[j] != 0) keys[before] = key[j], numbers[before++] = lane * EACH + j;
-  __syncwarp();
+    for (int j = 0; j < EACH; ++j) own += key[j] >= least && key[j] != 0;
+    int at = own;
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      int other = __shfl_up_sync(ALL, at, lanes);
+      at += lane >= lanes ? other : 0;
+    }
+    const int all = __shfl_sync(ALL, at, 31);
+    at -= own;
+#pragma unroll
+    for (int j = 0; j < EACH; ++j)
+      if (key[j] >= least && key[j] != 0) able[at++] = {key[j], lane * EACH + j, score[j], factor[j]};
+    __syncwarp();
+    int* order = ids + 32;  // place to candidate
 #pragma unroll 1
-  for (int i = lane; i < all; i += 32) {
-    u32 mine = keys[i];
-    int place = 0;
+    for (int i = lane; i < all; i += 32) {
+      const u32 mine = able[i].key;
+      int place = 0;
 #pragma unroll 4
-    for (int k = 0; k < all; ++k) place += keys[k] > mine || (keys[k] == mine && k < i);
-    if (place < BEST) ids[place] = numbers[i];
+      for (int k = 0; k < all; ++k) place += able[k].key > mine || (able[k].key == mine && k < i);
+      if (place < BEST) order[place] = i;
+    }
+    __syncwarp();
+    weight = 0, own_factor = 1;
+    if (lane < BEST) {
+      const Candidate c = able[order[lane]];
+      ids[lane] = c.number;
+      weight = c.score, own_factor = c.factor;
+    }
+    if (SUM_ONE) weight /= warp_sum(weight) + 1e-20f;
+    weight *= scale;
+    __syncwarp();
   }
-  __syncwarp();
-  float weight = lane < BEST ? sigmoid(__ldcg(logits + ids[lane])) : 0;
-  float total = SUM_ONE ? warp_sum(weight) + 1e-20f : 1;
-  if (lane < BEST) weights[lane] = weight / total * scale;
-  __syncwarp();
-}
+};

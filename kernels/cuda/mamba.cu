@@ -3,12 +3,12 @@
 // A cluster of blocks has a group of heads, because a group is normalised as one; a block has some rows of the state,
 // four a warp at a time. What no launch writes is read before the one in front has ended.
 //
-// NVRTC is given: HEADS, SIZE (rows of a head), STATES (128), HEAD_GROUPS, CLUSTER (blocks of a group).
+// NVRTC is given: HEADS, SIZE (rows of a head), STATES (128), HEAD_GROUPS, CLUSTER (blocks of a group), WARPS.
 #include "machine.cuh"
 
 constexpr int INNER = HEADS * SIZE, GROUP_ROWS = INNER / HEAD_GROUPS, ROWS = GROUP_ROWS / CLUSTER;
 constexpr int CHANNELS = INNER + 2 * HEAD_GROUPS * STATES, OWN = ROWS + 2 * STATES;  // of the convolution; a block's
-constexpr int WARPS = 8, THREADS = WARPS * 32, PASSES = ROWS / (4 * WARPS), TURNS = (OWN + THREADS - 1) / THREADS;
+constexpr int THREADS = WARPS * 32, PASSES = ROWS / (4 * WARPS), TURNS = (OWN + THREADS - 1) / THREADS;
 static_assert(STATES == 128 && ROWS % (4 * WARPS) == 0 && SIZE % 4 == 0, "");
 
 struct Arguments {
@@ -42,7 +42,7 @@ DEVICE void store_at(float* in_shared, int block, float v) {  // in the shared m
   asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(at), "f"(v) : "memory");
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) mamba(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1280 / THREADS) mamba(const __grid_constant__ Arguments a) {
   __shared__ __align__(16) float convolved[OWN], sums[WARPS], squares[CLUSTER];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, group = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
   const int first = group * GROUP_ROWS + rank * ROWS, row = first + warp * 4 + lane / 8;  // and 4 WARPS on each pass

@@ -1,15 +1,15 @@
 // Weights times one token's vectors, in one launch: what a layer reads at once.
 //
-// A part is a matrix, or a stack of experts; a job is eight rows of one. A block takes every so-manieth job. One of its
+// A part is a matrix, or a stack of experts; a job is some eights of rows of one. A block takes every so-manieth job. One of its
 // warps copies the jobs' rows to a ring in shared memory, stage by stage, as far ahead as that has room. The others
 // are GROUPS groups of four, which take the stages in turn; a group shares a stage's columns. The first warp adds up
 // what they have of a job and writes it. So the weights of what the launch in front does not decide are on their way
 // before that has ended.
 //
-// NVRTC is given: GROUPS (a power of two), STAGES (a multiple of it, so that a stage is always the same group's); PARTS and lists with an entry a part: BITS_OF, COLUMNS_OF, COPIES_OF (experts, or 1),
+// NVRTC is given: GROUPS (a power of two), STAGES (a multiple of it, so that a stage is always the same group's); PARTS and lists with an entry a part: EIGHTS_OF (of rows of a job: 1, 2 or 4), BITS_OF, COLUMNS_OF, COPIES_OF (experts, or 1),
 // ROWS_OF, SUMMED_OF (experts' results are added up), CHOSEN_OF (the part is of experts), VECTOR_OF (which vector it reads),
-// TO_OF (what becomes of a result); VECTORS and lists with an entry a vector: V_BITS_OF (of the weights that meet it),
-// V_COLUMNS_OF, V_COPIES_OF, V_SOURCE_OF (which input), V_NORMED_OF; and EXPERTS, TOP, NORMALIZE, CHOOSE (1: here,
+// TO_OF (what becomes of a result), FOR_OF (bits of the weights that will meet it, whose order it is left in, or 0); VECTORS and lists with an entry a vector: V_BITS_OF (of the weights that meet it),
+// V_COLUMNS_OF, V_NONE_OF (it is none: a summed part's), V_SOURCE_OF (which input), V_NORMED_OF, V_READY_OF (it is left in the weights' order); and EXPERTS, TOP, NORMALIZE, CHOOSE (1: here,
 // 2: it was chosen before, 0: no experts).
 
 #include "step.cuh"
@@ -41,6 +41,8 @@ struct Arguments {
     constexpr int list[] = {__VA_ARGS__}; \
     return list[i];                      \
   }
+constexpr int P1 = PARTS > 1 ? 1 : 0, P2 = PARTS > 2 ? 2 : 0, V1 = VECTORS > 1 ? 1 : 0, V2 = VECTORS > 2 ? 2 : 0;
+LIST(EIGHTS, EIGHTS_OF)
 LIST(BITS, BITS_OF)
 LIST(ROWS, ROWS_OF)
 LIST(COLUMNS, COLUMNS_OF)
@@ -49,15 +51,18 @@ LIST(SUMMED, SUMMED_OF)
 LIST(CHOSEN, CHOSEN_OF)
 LIST(VECTOR, VECTOR_OF)
 LIST(TO, TO_OF)
+LIST(FOR, FOR_OF)
 LIST(V_BITS, V_BITS_OF)
 LIST(V_COLUMNS, V_COLUMNS_OF)
-LIST(V_COPIES, V_COPIES_OF)
+LIST(V_NONE, V_NONE_OF)
 LIST(V_SOURCE, V_SOURCE_OF)
 LIST(V_NORMED, V_NORMED_OF)
-constexpr int LONGEST = 2816;  // bytes of a row that are copied at once, but for codes
+LIST(V_READY, V_READY_OF)
+constexpr int LONGEST = 4096;  // bytes of a row that are copied at once, but for codes
 constexpr int GROUP = 4, WARPS = GROUPS * GROUP;
 
 CONSTANT int up_to(int value, int whole) { return (value + whole - 1) / whole * whole; }
+CONSTANT int height(int p) { return 8 * EIGHTS(p); }  // rows of a job
 CONSTANT int row_bytes(int p) { return COLUMNS(p) * BITS(p) / 8; }
 CONSTANT int pieces(int p) {
   int count = BITS(p) == 4 ? 1 : (row_bytes(p) + LONGEST - 1) / LONGEST;
@@ -68,26 +73,28 @@ CONSTANT int piece_bytes(int p) { return row_bytes(p) / pieces(p); }
 CONSTANT int pitch(int p) { return pieces(p) == 1 ? piece_bytes(p) : up_to(piece_bytes(p), 128) + 64; }
 CONSTANT int steps(int p) { return up_to(piece_bytes(p), 128) / 128; }
 CONSTANT int scale_bytes(int p) { return BITS(p) == 4 ? COLUMNS(p) / 16 : 0; }  // of a row
-CONSTANT int stage_bytes(int p) { return up_to(8 * pitch(p) + 8 * scale_bytes(p) + 128, 128); }
+// A summed part's vectors, which are as many as its experts, come stage by stage with the rows.
+CONSTANT int vector_in_stage(int p) { return up_to(height(p) * (pitch(p) + scale_bytes(p)) + 128, 128); }
+CONSTANT int stage_bytes(int p) { return vector_in_stage(p) + (SUMMED(p) ? up_to(COLUMNS(p) * 2, 128) : 0); }
 CONSTANT int stage_size(int p = 0) {
   return p == PARTS ? 0 : stage_bytes(p) > stage_size(p + 1) ? stage_bytes(p) : stage_size(p + 1);
 }
-CONSTANT int vector_bytes(int v) {  // of a copy: with zeros to its last step's end
+CONSTANT int vector_bytes(int v) {  // with zeros to its last step's end
   return up_to(V_COLUMNS(v), columns_of(V_BITS(v))) * 2;
 }
-CONSTANT int vector_at(int v) { return v == 0 ? 0 : vector_at(v - 1) + V_COPIES(v - 1) * vector_bytes(v - 1); }
+CONSTANT int vector_at(int v) { return v == 0 ? 0 : vector_at(v - 1) + (V_NONE(v - 1) ? 0 : vector_bytes(v - 1)); }
 
 // Shared memory.
+constexpr int HEIGHT = up_to(height(0) > height(P1) ? height(0) : height(P1), height(P2));  // powers of two
 // Where a lane's part of a vector is none, it reads zeros, from banks that the others of its eight do not touch.
-constexpr int RED = 256, CHOICE = RED + STAGES * WARPS * 32, KEYS = CHOICE + 256;
-constexpr int ZEROS = up_to(KEYS + (CHOOSE == 1 ? EXPERTS * 8 : 0), 128) + 96, X = ZEROS + 160, RING = up_to(X + vector_at(VECTORS), 128), STAGE = stage_size();
+constexpr int RED = 384, CHOICE = RED + STAGES * WARPS * HEIGHT * 4, KEYS = CHOICE + 384;  // ids, places, weights; candidates
+constexpr int ZEROS = up_to(KEYS + (CHOOSE == 1 ? EXPERTS * 16 : 0), 128) + 96, X = ZEROS + 160, RING = up_to(X + vector_at(VECTORS), 128), STAGE = stage_size();
 constexpr int THREADS = WARPS * 32;  // but for the warp that copies
 static_assert(STAGES <= 16 && STAGES % GROUPS == 0, "a stage is always the same group's");
 
-CONSTANT int tiles(int p) { return (ROWS(p) + 7) / 8; }
+CONSTANT int tiles(int p) { return (ROWS(p) + height(p) - 1) / height(p); }
 CONSTANT int jobs(int p) { return tiles(p) * (SUMMED(p) ? 1 : COPIES(p)); }
 CONSTANT int stages(int p) { return pieces(p) * (SUMMED(p) ? COPIES(p) : 1); }  // of a job
-constexpr int P1 = PARTS > 1 ? 1 : 0, P2 = PARTS > 2 ? 2 : 0, V1 = VECTORS > 1 ? 1 : 0, V2 = VECTORS > 2 ? 2 : 0;
 constexpr bool SINGLE = stages(0) == 1 && stages(P1) == 1 && stages(P2) == 1;  // every job is a stage
 constexpr int TURN = SINGLE ? GROUPS : 1;
 constexpr int FIRST_JOBS = jobs(0), SECOND_JOBS = PARTS > 1 ? jobs(P1) : 0, THIRD_JOBS = PARTS > 2 ? jobs(P2) : 0;
@@ -115,9 +122,10 @@ struct Shared {
   u8* memory;
   DEVICE u64* full(int stage) const { return (u64*)memory + stage; }
   DEVICE u64* empty(int stage) const { return (u64*)memory + 16 + stage; }
-  DEVICE float* red(int stage) const { return (float*)(memory + RED) + stage * WARPS * 8; }
+  DEVICE u64* weighted() const { return (u64*)memory + 32; }  // the chosen experts' weights are there
+  DEVICE float* red(int stage) const { return (float*)(memory + RED) + stage * WARPS * HEIGHT; }
   DEVICE int* ids() const { return (int*)(memory + CHOICE); }
-  DEVICE float* weights() const { return (float*)(memory + CHOICE + 128); }
+  DEVICE float* weights() const { return (float*)(memory + CHOICE + 256); }
   DEVICE u8* ring(int stage) const { return memory + RING + stage * STAGE; }
 };
 
@@ -127,11 +135,13 @@ template <int P> DEVICE void fill(const Arguments& a, const Shared& s, const Cur
   if (SUMMED(P)) copy = c.inner / pieces(P), piece = c.inner % pieces(P);
   else if (COPIES(P) > 1) copy = c.job / tiles(P), tile = c.job - copy * tiles(P);
   const Part& part = a.parts[P];
-  u64 row = (u64)(CHOSEN(P) ? s.ids()[copy] : 0) * ROWS(P) + tile * 8;
-  int rows = min(8, ROWS(P) - tile * 8);
+  u64 row = (u64)(CHOSEN(P) ? s.ids()[copy] : 0) * ROWS(P) + tile * height(P);
+  int rows = min(height(P), ROWS(P) - tile * height(P));
   u8* to = s.ring(stage);
   u64* barrier = s.full(stage);
-  arrive_and_expect(barrier, rows * (piece_bytes(P) + scale_bytes(P)));
+  constexpr int vector = SUMMED(P) ? COLUMNS(P) * 2 : 0;
+  arrive_and_expect(barrier, rows * (piece_bytes(P) + scale_bytes(P)) + vector);
+  if (vector) copy_bulk(to + vector_in_stage(P), (const u8*)a.inputs[0] + copy * vector, vector, barrier);
   const u8* from = part.weights + row * row_bytes(P) + piece * piece_bytes(P);
   if (pieces(P) == 1) {
     copy_bulk(to, from, rows * piece_bytes(P), barrier);
@@ -139,7 +149,7 @@ template <int P> DEVICE void fill(const Arguments& a, const Shared& s, const Cur
 #pragma unroll 1
     for (int r = 0; r < rows; ++r) copy_bulk(to + r * pitch(P), from + (u64)r * row_bytes(P), piece_bytes(P), barrier);
   }
-  if (BITS(P) == 4) copy_bulk(to + 8 * pitch(P), part.scales + row * scale_bytes(P), rows * scale_bytes(P), barrier);
+  if (BITS(P) == 4) copy_bulk(to + height(P) * pitch(P), part.scales + row * scale_bytes(P), rows * scale_bytes(P), barrier);
 }
 
 DEVICE void fill_next(const Arguments& a, const Shared& s, const Cursor& c, int stage) {
@@ -148,14 +158,14 @@ DEVICE void fill_next(const Arguments& a, const Shared& s, const Cursor& c, int 
   else if (PARTS > 2) fill<P2>(a, s, c, stage);
 }
 
-// Eight rows' results, in lanes below 8, to where they go.
+// A job's results, in the first lanes, to where they go.
 template <int P>
 DEVICE void finish(const Arguments& a, const Shared& s, const Cursor& c, float y, float factor, u32 before, u32 add) {
   const Part& part = a.parts[P];
   int tile = c.job, copy = 0, lane = threadIdx.x & 31;
   if (!SUMMED(P) && COPIES(P) > 1) copy = c.job / tiles(P), tile = c.job - copy * tiles(P);
-  if (lane >= 8 || tile * 8 + lane >= ROWS(P)) return;
-  const int row = copy * ROWS(P) + tile * 8 + lane;
+  if (lane >= height(P) || tile * height(P) + lane >= ROWS(P)) return;
+  const int row = copy * ROWS(P) + tile * height(P) + lane;
   y *= down_of(BITS(P)) * (SUMMED(P) ? 1.0f : CHOSEN(P) ? s.weights()[copy] : factor);
   if (TO(P) == TO_FLOAT) {
     ((float*)part.out)[row] = y;
@@ -167,7 +177,21 @@ DEVICE void finish(const Arguments& a, const Shared& s, const Cursor& c, float y
     if (a.addend) y = rounded(y + lower(add));
     y += lower(before);
   }
-  ((u16*)part.out)[row] = (u16)two_bf16(y, 0);
+  if (FOR(P)) y *= up_of(FOR(P));
+  const int at = FOR(P) ? copy * ROWS(P) + place_of<FOR(P)>(row - copy * ROWS(P)) : row;
+  ((u16*)part.out)[at] = (u16)two_bf16(y, 0);
+}
+
+// What the warps of the groups that took a job's stages left of it, from group `first` on.
+template <int P> DEVICE float collect(const float* red, int first, int lane) {
+  float y = 0;
+#pragma unroll
+  for (int i = 0; i < (stages(P) < GROUPS ? stages(P) : GROUPS); ++i)
+#pragma unroll
+    for (int e = 0; e < EIGHTS(P); ++e) y += red[(first + i) % GROUPS * GROUP * HEIGHT + e * 32 + lane];
+  if (EIGHTS(P) < 2) y += __shfl_xor_sync(ALL, y, 8);
+  if (EIGHTS(P) < 4) y += __shfl_xor_sync(ALL, y, 16);
+  return y;
 }
 
 // The warp that copies, and writes results.
@@ -178,6 +202,7 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
   int filled = 0;
   if (lane == 0) {
     for (int i = 0; i < STAGES; ++i) begin_barrier(s.full(i), 1), begin_barrier(s.empty(i), GROUP);
+    begin_barrier(s.weighted(), 1);
     publish_barriers();
   }
   // What the launch in front does not decide.
@@ -190,49 +215,57 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
 #pragma unroll
   for (int p = 0; p < PARTS; ++p)
     if (BITS(p) < 16 && !CHOSEN(p)) factors[p] = *a.parts[p].factors;
+#if CHOOSE > 0
+  constexpr int of = CHOSEN(P2) ? P2 : CHOSEN(P1) ? P1 : 0;
+  const float* scales = BITS(of) < 16 ? a.parts[of].factors : nullptr;
+#endif
+#if CHOOSE == 1
+  Choice<EXPERTS, TOP, NORMALIZE> choice;
+  choice.load(a.bias, scales);
+#endif
   __syncthreads();
   wait_for_producers();
   let_next_begin();
 #if CHOOSE == 1
-  u32* keys = (u32*)(s.memory + KEYS);
-  choose<EXPERTS, TOP, NORMALIZE>(a.logits, a.bias, a.scale, keys, (int*)keys + EXPERTS, s.ids(), s.weights());
-#elif CHOOSE == 2
-  if (lane < TOP) s.ids()[lane] = __ldcg(a.ids + lane), s.weights()[lane] = __ldcg(a.chosen + lane);
-#endif
-#if CHOOSE > 0
-  constexpr int of = CHOSEN(P2) ? P2 : CHOSEN(P1) ? P1 : 0;
+  float weight, scale;
+  choice.choose(a.logits, a.scale, (Candidate*)(s.memory + KEYS), s.ids(), weight, scale);
   if (lane < TOP) {
-    int id = s.ids()[lane];
-    float weight = s.weights()[lane], factor = BITS(of) < 16 ? a.parts[of].factors[id] : 1.0f;
-    if (CHOOSE == 1 && blockIdx.x == 0) a.ids[lane] = id, a.chosen[lane] = weight;
-    s.weights()[lane] = SUMMED(of) ? weight * factor : factor;
+    s.weights()[lane] = SUMMED(of) ? weight * scale : scale;
+    if (blockIdx.x == 0) a.ids[lane] = s.ids()[lane], a.chosen[lane] = weight;
   }
-  __syncwarp();
+#elif CHOOSE == 2
+  const int id = lane < TOP ? __ldcg(a.ids + lane) : 0;
+  const float weight = lane < TOP ? __ldcg(a.chosen + lane) : 0;
+  if (lane < TOP) s.ids()[lane] = id;
 #endif
+  __syncwarp();
 #pragma unroll 1
   for (; more && filled < STAGES; ++filled) {
     if (lane == 0) fill_next(a, s, fill_at, filled);
     more = fill_at.next_stage();
   }
+#if CHOOSE == 2
+  if (lane < TOP) s.weights()[lane] = (scales ? scales[id] : 1) * (SUMMED(of) ? weight : 1);
+#endif
+  __syncwarp();
+  if (lane == 0) arrive(s.weighted());
   int stage = 0, first = 0, order = 0;  // of the job: its first stage's group, its place among results
   u32 parity = 0;
 #pragma unroll 1
   for (bool left = some; left; left = done.next_stage()) {
     const bool last = done.inner + 1 == done.stages();
     u32 before = 0, add = 0;
-    if (TO(0) == TO_STREAM && last && lane < 8 && done.job * 8 + lane < ROWS(0)) {
-      before = __ldcg(a.stream + done.job * 8 + lane);
-      if (a.addend) add = __ldcg(a.addend + done.job * 8 + lane);
+    if (TO(0) == TO_STREAM && last && lane < height(0) && done.job * height(0) + lane < ROWS(0)) {
+      before = __ldcg(a.stream + done.job * height(0) + lane);
+      if (a.addend) add = __ldcg(a.addend + done.job * height(0) + lane);
     }
     wait_phase(s.empty(stage), parity);
     float y = 0;
     if (last) {
       const int count = done.stages();
-#pragma unroll
-      for (int i = 0; i < (SINGLE ? 1 : GROUPS); ++i)
-        if (i < count) y += s.red(order)[(first + i) % GROUPS * GROUP * 8 + lane];
-      y += __shfl_xor_sync(ALL, y, 8);
-      y += __shfl_xor_sync(ALL, y, 16);
+      if (done.part == 0) y = collect<0>(s.red(order), first, lane);
+      else if (PARTS > 1 && done.part == 1) y = collect<P1>(s.red(order), first, lane);
+      else if (PARTS > 2) y = collect<P2>(s.red(order), first, lane);
       first = (first + count) % GROUPS;
       if (++order == STAGES) order = 0;
     }
@@ -251,7 +284,7 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
 
 template <int V> DEVICE void put_normed(u8* x, int at, const float* f) {  // in each vector of the norm
   if (V_NORMED(V)) {
-    const float up = V_BITS(V) < 16 ? UP : 1.0f;
+    const float up = up_of(V_BITS(V));
     float g[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) g[i] = f[i] * up;
@@ -269,7 +302,7 @@ DEVICE void widen(const uint4& w, float* f) {
 
 template <int V> DEVICE void load_plain(const Arguments& a, u8* x) {
   if (V_NORMED(V)) return;
-  constexpr int eights = V_COLUMNS(V) / 8, all = eights * V_COPIES(V), batch = 4;
+  constexpr int all = V_NONE(V) ? 0 : V_COLUMNS(V) / 8, batch = 4;
   const uint4* from = (const uint4*)a.inputs[V_SOURCE(V)];
 #pragma unroll 1
   for (int first = threadIdx.x; first < all; first += THREADS * batch) {
@@ -280,12 +313,15 @@ template <int V> DEVICE void load_plain(const Arguments& a, u8* x) {
     for (int i = 0; i < batch; ++i) {
       int at = first + i * THREADS;
       if (at >= all) break;
+      if (V_READY(V)) {
+        *(uint4*)(x + vector_at(V) + at * 16) = w[i];
+        continue;
+      }
       float f[8];
       widen(w[i], f);
 #pragma unroll
-      for (int k = 0; k < 8; ++k) f[k] *= V_BITS(V) < 16 ? UP : 1.0f;
-      int copy = V_COPIES(V) == 1 ? 0 : at / eights;
-      put_eight<V_BITS(V)>(x + vector_at(V) + copy * vector_bytes(V), (at - copy * eights) * 8, f);
+      for (int k = 0; k < 8; ++k) f[k] *= up_of(V_BITS(V));
+      put_eight<V_BITS(V)>(x + vector_at(V), at * 8, f);
     }
   }
 }
@@ -343,49 +379,56 @@ DEVICE void prepare(const Arguments& a, u8* x) {
   sync_some(THREADS);
 }
 
-// Zeros from each copy's last column to its last step's end.
+// Zeros from the last column to the last step's end.
 template <int V> DEVICE void pad(u8* x) {
-  constexpr int own = V_COLUMNS(V) * 2, rest = (vector_bytes(V) - own) / 16;
-  for (int i = threadIdx.x; i < rest * V_COPIES(V); i += THREADS)
-    *(Words*)(x + vector_at(V) + i / (rest ? rest : 1) * vector_bytes(V) + own + i % (rest ? rest : 1) * 16) = {0, 0, 0, 0};
+  constexpr int own = V_COLUMNS(V) * 2, rest = V_NONE(V) ? 0 : (vector_bytes(V) - own) / 16;
+  if (threadIdx.x < rest) *(Words*)(x + vector_at(V) + own + threadIdx.x * 16) = {0, 0, 0, 0};
 }
 
 // One job's share of a warp, the `warp`-th of `group`. `turn` counts stages and `order` jobs of the block.
 template <int P>
 DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int lane, u32 turn, u32 order) {
-  constexpr int bits = BITS(P), all = stages(P);
+  constexpr int bits = BITS(P), eights = EIGHTS(P), all = stages(P);
   const int g = lane >> 2, t = lane & 3;
-  Sums sums = {};
-  float total = 0;
+  Sums sums[eights] = {};
+  float total[eights] = {};
   int inner = SINGLE ? 0 : (group - turn) % GROUPS;
   if (!SINGLE && inner >= all) return;
   int stride, first = (warp + c.job) % GROUP;  // the last steps fall to another warp each time
-  const u8* x = lane_vector<bits>(s.memory + X + vector_at(VECTOR(P)), s.memory + ZEROS, lane, stride);
-  const int vector = stride ? vector_bytes(VECTOR(P)) : 0;
+  const u8 *zeros = s.memory + ZEROS, *x = lane_vector<bits>(s.memory + X + vector_at(VECTOR(P)), zeros, lane, stride);
 #pragma unroll 1
   do {
     const int copy = SUMMED(P) ? inner / pieces(P) : 0, piece = SUMMED(P) ? inner % pieces(P) : inner;
     const u32 stage = (turn + inner) % STAGES;
     const u8* ring = s.ring(stage);
-    const u8 *w = ring + g * pitch(P) + t * 16 + first * 128, *scales = ring + 8 * pitch(P) + g * scale_bytes(P) + t * 4 + first * 16;
-    const u8* at = x + (piece * steps(P) + first) * stride + copy * vector;
+    const u8 *w = ring + g * pitch(P) + t * 16 + first * 128, *scales = ring + height(P) * pitch(P) + g * scale_bytes(P) + t * 4 + first * 16;
+    const u8 *vector = ring + vector_in_stage(P), *past = vector + COLUMNS(P) * 2;
+    const u8* at = (SUMMED(P) && stride ? lane_vector<bits>(vector, x, lane, stride) : x) + (piece * steps(P) + first) * stride;
     // A last step may reach past the row, where the vector is zero and codes are numbers, but a scale may be none.
-    const u8* end = ring + 8 * pitch(P) + (g + 1) * scale_bytes(P) - 4;
+    const u8* end = ring + height(P) * pitch(P) + (g + 1) * scale_bytes(P) - 4;
     wait_phase(s.full(stage), (turn + inner) / STAGES & 1);
 #pragma unroll 1
     for (int i = first; i < steps(P); i += GROUP, w += GROUP * 128, scales += GROUP * 16, at += GROUP * stride)
-      step<bits>(sums, w, bits == 4 && scale_bytes(P) % 16 && scales > end ? end : scales, at);
+      step<bits, eights>(sums, w, 8 * pitch(P), bits == 4 && scale_bytes(P) % 16 && scales > end ? end : scales,
+                         8 * scale_bytes(P), SUMMED(P) && stride && at >= past ? zeros : at);
     if (SUMMED(P)) {
-      float factor = s.weights()[copy];
-      if (bits == 8 || bits == 16) total += (sums.c[0] + sums.d[0] + sums.c[3] + sums.d[3]) * factor;
-      else total += (bits == 4 && t >= 2 ? sums.b : sums.a) * factor;
-      sums = {};
+      wait_phase(s.weighted(), 0);
+      const float factor = s.weights()[copy];
+#pragma unroll
+      for (int e = 0; e < eights; ++e) {
+        if (bits == 8 || bits == 16) total[e] += (sums[e].c[0] + sums[e].d[0] + sums[e].c[3] + sums[e].d[3]) * factor;
+        else total[e] += (bits == 4 && t >= 2 ? sums[e].b : sums[e].a) * factor;
+        sums[e] = {};
+      }
     }
     inner += GROUPS;
     if (inner >= all) {
-      if (SUMMED(P)) sums = {total, total, {total}};
-      float y = row_sum<bits>(sums, lane);
-      if (t == 0) s.red(order % STAGES)[(group * GROUP + warp) * 8 + g] = y;
+#pragma unroll
+      for (int e = 0; e < eights; ++e) {
+        if (SUMMED(P)) sums[e] = {total[e], total[e], {total[e]}};
+        float y = row_sum<bits>(sums[e], lane);
+        if (t == 0) s.red(order % STAGES)[group * GROUP * HEIGHT + warp * height(P) + e * 8 + g] = y;
+      }
     }
     __syncwarp();
     if (lane == 0) arrive(s.empty(stage));

@@ -8,6 +8,7 @@
 #include "machine.cuh"
 
 constexpr float UP = 18446744073709551616.0f;  // 2^64
+CONSTANT float up_of(int bits) { return bits < 16 ? UP : 1.0f; }
 CONSTANT int columns_of(int bits) { return 1024 / bits; }  // of a step
 CONSTANT float down_of(int bits) { return bits == 4 ? 4611686018427387904.0f : bits == 8 ? 72057594037927936.0f : 1.0f; }
 
@@ -25,7 +26,13 @@ DEVICE void bytes(u32 w, u32* pair) {  // four FP8, as pairs (0, 2) (1, 3)
   pair[1] = ((w >> 4) & 0x07F007F0u) | (w & 0x80008000u);
 }
 
-// Eight neighbours into a vector for weights of BITS, in the order in which these are decoded.
+// Where a value lies in a vector for weights of BITS, in the order in which these are decoded.
+template <int BITS> DEVICE int place_of(int column) {
+  if (BITS == 4) return (column & ~7) + (column & 3) * 2 + (column >> 2 & 1);
+  if (BITS == 8) return (column & ~3) + (column & 1) * 2 + (column >> 1 & 1);
+  return column;
+}
+// Eight neighbours into such a vector.
 template <int BITS> DEVICE void put_eight(u8* x, int column, const float* v) {
   Words w;
   if (BITS == 4) w = {two_bf16(v[0], v[4]), two_bf16(v[1], v[5]), two_bf16(v[2], v[6]), two_bf16(v[3], v[7])};
@@ -52,50 +59,73 @@ template <int BITS> DEVICE const u8* lane_vector(const u8* x, const u8* zeros, i
   return zeros;
 }
 
-// w: row g at 16 t; scales: row g at 4 t; x: `lane_vector`.
-template <int BITS> DEVICE void step(Sums& s, const u8* w, const u8* scales, const u8* x) {
-  Words low = *(const Words*)w, high = *(const Words*)(w + 64);
-  const u32 l[4] = {low.x, low.y, low.z, low.w}, h[4] = {high.x, high.y, high.z, high.w};
+// N times eight rows over the same vector. w: row g at 16 t, and `next` bytes further row g of the next eight;
+// scales: row g at 4 t, likewise; x: `lane_vector`.
+template <int BITS, int N>
+DEVICE void step(Sums* s, const u8* w, int next, const u8* scales, int next_scales, const u8* x) {
+  u32 l[N][4], h[N][4];
+#pragma unroll
+  for (int e = 0; e < N; ++e) {
+    Words low = *(const Words*)(w + e * next), high = *(const Words*)(w + e * next + 64);
+    l[e][0] = low.x, l[e][1] = low.y, l[e][2] = low.z, l[e][3] = low.w;
+    h[e][0] = high.x, h[e][1] = high.y, h[e][2] = high.z, h[e][3] = high.w;
+  }
   if (BITS == 4) {
-    float scale[4];
-    four_scales(*(const u32*)scales, scale);
+    float scale[N][4];
+#pragma unroll
+    for (int e = 0; e < N; ++e) four_scales(*(const u32*)(scales + e * next_scales), scale[e]);
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
-      float c[4] = {0, 0, 0, 0};
+      float c[N][4] = {};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         Words v = *(const Words*)(x + group * 32 + i * 16);
-        u32 p[4], q[4];
-        codes(l[2 * group + i], p);
-        codes(h[2 * group + i], q);
-        mma(c, p[0], q[0], p[1], q[1], v.x, v.y);
-        mma(c, p[2], q[2], p[3], q[3], v.z, v.w);
+#pragma unroll
+        for (int e = 0; e < N; ++e) {
+          u32 p[4], q[4];
+          codes(l[e][2 * group + i], p);
+          codes(h[e][2 * group + i], q);
+          mma(c[e], p[0], q[0], p[1], q[1], v.x, v.y);
+          mma(c[e], p[2], q[2], p[3], q[3], v.z, v.w);
+        }
       }
-      s.a = fmaf(c[1], scale[2 + group], fmaf(c[0], scale[group], s.a));
-      s.b = fmaf(c[3], scale[2 + group], fmaf(c[2], scale[group], s.b));
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        s[e].a = fmaf(c[e][1], scale[e][2 + group], fmaf(c[e][0], scale[e][group], s[e].a));
+        s[e].b = fmaf(c[e][3], scale[e][2 + group], fmaf(c[e][2], scale[e][group], s[e].b));
+      }
     }
   } else if (BITS == 8) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       Words v = *(const Words*)(x + i * 16);
-      u32 p[4], q[4];
-      bytes(l[2 * i], p);
-      bytes(h[2 * i], q);
-      bytes(l[2 * i + 1], p + 2);
-      bytes(h[2 * i + 1], q + 2);
-      mma(s.c, p[0], q[0], p[1], q[1], v.x, v.y);
-      mma(s.d, p[2], q[2], p[3], q[3], v.z, v.w);
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        u32 p[4], q[4];
+        bytes(l[e][2 * i], p);
+        bytes(h[e][2 * i], q);
+        bytes(l[e][2 * i + 1], p + 2);
+        bytes(h[e][2 * i + 1], q + 2);
+        mma(s[e].c, p[0], q[0], p[1], q[1], v.x, v.y);
+        mma(s[e].d, p[2], q[2], p[3], q[3], v.z, v.w);
+      }
     }
   } else if (BITS == 16) {
     Words v = *(const Words*)x;
-    mma(s.c, l[0], h[0], l[1], h[1], v.x, v.y);
-    mma(s.d, l[2], h[2], l[3], h[3], v.z, v.w);
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      mma(s[e].c, l[e][0], h[e][0], l[e][1], h[e][1], v.x, v.y);
+      mma(s[e].d, l[e][2], h[e][2], l[e][3], h[e][3], v.z, v.w);
+    }
   } else {
     Pair v = *(const Pair*)x, u = *(const Pair*)(x + 32);
-    s.a += __uint_as_float(l[0]) * lower(v.x) + __uint_as_float(l[1]) * upper(v.x);
-    s.a += __uint_as_float(l[2]) * lower(v.y) + __uint_as_float(l[3]) * upper(v.y);
-    s.a += __uint_as_float(h[0]) * lower(u.x) + __uint_as_float(h[1]) * upper(u.x);
-    s.a += __uint_as_float(h[2]) * lower(u.y) + __uint_as_float(h[3]) * upper(u.y);
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      s[e].a += __uint_as_float(l[e][0]) * lower(v.x) + __uint_as_float(l[e][1]) * upper(v.x);
+      s[e].a += __uint_as_float(l[e][2]) * lower(v.y) + __uint_as_float(l[e][3]) * upper(v.y);
+      s[e].a += __uint_as_float(h[e][0]) * lower(u.x) + __uint_as_float(h[e][1]) * upper(u.x);
+      s[e].a += __uint_as_float(h[e][2]) * lower(u.y) + __uint_as_float(h[e][3]) * upper(u.y);
+    }
   }
 }
 

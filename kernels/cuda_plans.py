@@ -1,0 +1,98 @@
+"""Which launches of cuda/products.cu an op takes for one token, from the shapes and formats of its weights alone."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import cast
+
+import torch
+
+from nanoserve.kernels.cuda_products import BITS, Cut, Part, Plan, Router, To, Vector
+from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
+
+SHARED = {9: 233472, 12: 102400}
+"""Bytes of shared memory of a multiprocessor, by the major number of the chip's capability."""
+OWN = 1024
+"""Bytes of it that each block costs beside its own."""
+LONGEST_ROW, MOST = 4096, 32
+"""Bytes of a row of codes that are copied at once, and chosen experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight's bits, rows and columns; of a stack of experts, those of each."""
+
+    bits: int
+    rows: int
+    columns: int
+
+    @property
+    def able(self) -> bool:
+        """Whether the kernel reads it: rows are whole sixteens of bytes, and whole steps where zeros are no way out."""
+        row = self.columns * self.bits // 8
+        if self.bits == 4:
+            return self.columns % 64 == 0 and row <= LONGEST_ROW
+        return row % 128 == 0 if self.bits > 8 else row % 16 == 0 and (row % 128 == 0 or row <= LONGEST_ROW // 2)
+
+
+def matrix(weight: Weight) -> Matrix | None:
+    """A weight's facts; None where its type is none that the kernel reads."""
+    match weight:
+        case Nvfp4(data):
+            return Matrix(4, data.shape[-2], 2 * data.shape[-1])
+        case Fp8(data):
+            return Matrix(8, data.shape[-2], data.shape[-1])
+        case Plain(data):
+            bits = BITS.get(cast("torch.dtype", data.dtype))
+            return Matrix(bits, data.shape[-2], data.shape[-1]) if bits else None
+
+
+def eights(m: Matrix) -> int:
+    """Eights of rows of a job: several, where rows are short."""
+    return 4 if m.bits == 4 and m.columns <= 1280 else 2 if m.columns * m.bits <= 1024 * 16 and m.bits > 4 else 1
+
+
+def part(m: Matrix, vector: int = 0, to: To = "BF16", copies: int = 0, *, summed: bool = False, ready: int = 0) -> Part:
+    """A matrix as a part of a launch."""
+    return Part(m.bits, m.rows, m.columns, vector, to, copies, summed, eights(m), ready)
+
+
+@cache
+def normed(matrices: tuple[Matrix, ...], to: tuple[To, ...], ready: tuple[int, ...]) -> Plan:
+    """Up to three matrices over the norm of the stream; ``ready`` as of `Part`."""
+    bits = list(dict.fromkeys(m.bits for m in matrices))
+    each = zip(matrices, to, ready, strict=True)
+    parts = tuple(part(m, bits.index(m.bits), kind, ready=order) for m, kind, order in each)
+    return Plan(parts, tuple(Vector(b, matrices[0].columns, normed=True) for b in bits))
+
+
+@cache
+def plain(m: Matrix, to: To, *, ready: bool) -> Plan:
+    """A matrix over a vector, as it is or in the weights' order."""
+    return Plan((part(m, to=to),), (Vector(m.bits, m.columns, ready=ready),))
+
+
+@cache
+def up(shared_down: Matrix, m: Matrix, router: Router, *, latent: bool) -> Plan:
+    """The shared expert's second product, and the chosen experts' first, over the norm or a latent."""
+    own = Vector(m.bits, m.columns, normed=not latent, ready=latent)
+    shared = Vector(shared_down.bits, shared_down.columns, source=1, ready=True)
+    experts = part(m, to="SQUARED", copies=router.top_k, ready=m.bits)
+    return Plan((part(shared_down, 1), experts), (own, shared), router)
+
+
+@cache
+def down(m: Matrix, router: Router, to: To, after: int) -> Plan:
+    """The chosen experts' second product and weighted sum; ``after``: bits of the weights that will meet it, or 0."""
+    experts = part(m, to=to, copies=router.top_k, summed=True, ready=after)
+    return Plan((experts,), (Vector(m.bits, m.columns, none=True),), router)
+
+
+@cache
+def cut(plan: Plan, major: int) -> Cut:
+    """How a launch is cut on a chip: so that two launches share a multiprocessor, the next one's weights on their way."""
+    room = SHARED[major]
+    half = room // 2 - OWN
+    for most, groups, stages in ((half, 2, 6), (half, 2, 4), (half, 2, 2), (half, 1, 2), (room - OWN, 2, 2), (room - OWN, 1, 1)):
+        if plan.shared(Cut(groups, stages)) <= most:
+            return Cut(groups, stages)
+    raise ValueError(f"no cut of {plan} fits {room} bytes of shared memory")
