@@ -42,7 +42,7 @@ DEVICE void store_at(float* in_shared, int block, float v) {  // in the shared m
   asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(at), "f"(v) : "memory");
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1280 / THREADS) mamba(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(92) mamba(const __grid_constant__ Arguments a) {
   __shared__ __align__(16) float convolved[OWN], sums[WARPS], squares[CLUSTER];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, group = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
   const int first = group * GROUP_ROWS + rank * ROWS, row = first + warp * 4 + lane / 8;  // and 4 WARPS on each pass
