@@ -42,7 +42,7 @@ DEVICE void store_at(float* in_shared, int block, float v) {  // in the shared m
   asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(at), "f"(v) : "memory");
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(92) mamba(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(88) mamba(const __grid_constant__ Arguments a) {
   __shared__ __align__(16) float convolved[OWN], sums[WARPS], squares[CLUSTER];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, group = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
   const int first = group * GROUP_ROWS + rank * ROWS, row = first + warp * 4 + lane / 8;  // and 4 WARPS on each pass
@@ -66,8 +66,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(92) mamba
     conv_bias[i] = a.conv_bias[channel[i]];
   }
   Floats s[PASSES][4];
-  float gated[PASSES];
-  u16 before[TURNS][3], now[TURNS];
+  u16 before[TURNS][3];
   // The state is only brought near: who calls this twice in a row wrote it in the launch in front.
   if (lane % 8 == 0) {
 #pragma unroll
@@ -82,7 +81,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(92) mamba
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       s[p][j] = load_state(a.state + (u64)(row + p * 4 * WARPS) * STATES + j * 32 + lane % 8 * 4);
-  u16 z[PASSES], dt[PASSES];
+  u16 now[TURNS], z[PASSES], dt[PASSES];
 #pragma unroll
   for (int i = 0; i < TURNS; ++i) {
     now[i] = __ldcg(a.projected + INNER + channel[i]);
@@ -104,28 +103,31 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(92) mamba
     if (tid + i * THREADS < OWN) convolved[tid + i * THREADS] = rounded(silu(total));
   }
   __syncthreads();
-  Floats b[4], c[4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    b[j] = *(const Floats*)(convolved + ROWS + j * 32 + lane % 8 * 4);
-    c[j] = *(const Floats*)(convolved + ROWS + STATES + j * 32 + lane % 8 * 4);
-  }
-  float square = 0;
+  float decay[PASSES], entering[PASSES], y[PASSES];
 #pragma unroll
   for (int p = 0; p < PASSES; ++p) {
-    const float x = convolved[warp * 4 + lane / 8 + p * 4 * WARPS], step = softplus(widened(dt[p]) + bias[p]);
-    const float decay = __expf(step * rate[p]), entering = x * step;
-    float y = 0;
+    const float step = softplus(widened(dt[p]) + bias[p]);
+    decay[p] = __expf(step * rate[p]), entering[p] = convolved[warp * 4 + lane / 8 + p * 4 * WARPS] * step, y[p] = 0;
+  }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+  for (int j = 0; j < 4; ++j) {
+    const Floats b = *(const Floats*)(convolved + ROWS + j * 32 + lane % 8 * 4);
+    const Floats c = *(const Floats*)(convolved + ROWS + STATES + j * 32 + lane % 8 * 4);
+#pragma unroll
+    for (int p = 0; p < PASSES; ++p) {
       Floats& v = s[p][j];
-      v.x = v.x * decay + entering * b[j].x, v.y = v.y * decay + entering * b[j].y;
-      v.z = v.z * decay + entering * b[j].z, v.w = v.w * decay + entering * b[j].w;
-      y += v.x * c[j].x + v.y * c[j].y + v.z * c[j].z + v.w * c[j].w;
+      v.x = v.x * decay[p] + entering[p] * b.x, v.y = v.y * decay[p] + entering[p] * b.y;
+      v.z = v.z * decay[p] + entering[p] * b.z, v.w = v.w * decay[p] + entering[p] * b.w;
+      y[p] += v.x * c.x + v.y * c.y + v.z * c.z + v.w * c.w;
     }
+  }
+  float gated[PASSES], square = 0;
 #pragma unroll
-    for (int lanes = 1; lanes < 8; lanes *= 2) y += __shfl_xor_sync(ALL, y, lanes);
-    gated[p] = rounded(y + x * skip[p]) * silu(widened(z[p]));
+  for (int p = 0; p < PASSES; ++p) {
+#pragma unroll
+    for (int lanes = 1; lanes < 8; lanes *= 2) y[p] += __shfl_xor_sync(ALL, y[p], lanes);
+    const float x = convolved[warp * 4 + lane / 8 + p * 4 * WARPS];
+    gated[p] = rounded(y[p] + x * skip[p]) * silu(widened(z[p]));
     square += gated[p] * gated[p];
   }
   square += __shfl_xor_sync(ALL, square, 8);
