@@ -15,6 +15,12 @@
 #include "step.cuh"
 #include "choice.cuh"
 
+#ifndef GO
+#define GO 2
+#endif
+#ifndef AHEAD
+#define AHEAD 0
+#endif
 enum { TO_BF16, TO_SQUARED, TO_STREAM, TO_FLOAT };
 
 struct Part {
@@ -158,6 +164,18 @@ DEVICE void fill_next(const Arguments& a, const Shared& s, const Cursor& c, int 
   else if (PARTS > 2) fill<P2>(a, s, c, stage);
 }
 
+// Begin to bring a job's rows to the second cache; one lane.
+template <int P> DEVICE void bring(const Arguments& a, int tile) {
+  const int rows = min(height(P), ROWS(P) - tile * height(P));
+  prefetch_bulk(a.parts[P].weights + (u64)tile * height(P) * row_bytes(P), rows * row_bytes(P));
+  if (BITS(P) == 4) prefetch_bulk(a.parts[P].scales + (u64)tile * height(P) * scale_bytes(P), rows * scale_bytes(P));
+}
+DEVICE void bring_near(const Arguments& a, const Cursor& c) {
+  if (c.part == 0) bring<0>(a, c.job);
+  else if (PARTS > 1 && c.part == 1) bring<P1>(a, c.job);
+  else if (PARTS > 2) bring<P2>(a, c.job);
+}
+
 // A job's results, in the first lanes, to where they go.
 template <int P>
 DEVICE void finish(const Arguments& a, const Shared& s, const Cursor& c, float y, float factor, u32 before, u32 add) {
@@ -211,6 +229,15 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
     if (lane == 0) fill_next(a, s, fill_at, filled);
     more = fill_at.next_stage();
   }
+  if (AHEAD > 0 && SINGLE && more) {
+    Cursor later = fill_at;
+    bool ok = !later.chosen();
+#pragma unroll 1
+    for (int i = 0; i < AHEAD && ok; ++i) {
+      if (i == lane) bring_near(a, later);
+      ok = later.next_job() && !later.chosen();
+    }
+  }
   float factors[3] = {1, 1, 1};
 #pragma unroll
   for (int p = 0; p < PARTS; ++p)
@@ -225,7 +252,7 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
 #endif
   __syncthreads();
   wait_for_producers();
-  let_next_begin();
+  if (GO == 1) let_next_begin();
 #if CHOOSE == 1
   float weight, scale;
   choice.choose(a.logits, a.scale, (Candidate*)(s.memory + KEYS), s.ids(), weight, scale);
@@ -244,6 +271,7 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
     if (lane == 0) fill_next(a, s, fill_at, filled);
     more = fill_at.next_stage();
   }
+  if (GO == 2 || (GO == 3 && !more)) let_next_begin();
 #if CHOOSE == 2
   if (lane < TOP) s.weights()[lane] = (scales ? scales[id] : 1) * (SUMMED(of) ? weight : 1);
 #endif
@@ -270,8 +298,10 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
       if (++order == STAGES) order = 0;
     }
     if (more) {
+      __syncwarp();  // a lane that still waits for this stage must not see its next phase
       if (lane == 0) fill_next(a, s, fill_at, stage);
       more = fill_at.next_stage();
+      if (GO == 3 && !more) let_next_begin();
     }
     if (last) {
       if (done.part == 0) finish<0>(a, s, done, y, factors[0], before, add);
