@@ -1,7 +1,7 @@
 """A decode step's mixture of experts where FlashInfer computes the routed ones, and our launches all around them.
 
-Before: one launch of ours with the router, the shared expert's first weight and the latent. After: one with the
-shared expert's second weight, the latent's way back, the residual stream and the norm.
+Before: the norm, and one launch with the router, the shared expert's first weight and the latent. After: one with
+the shared expert's second weight, the latent's way back and the residual stream.
 """
 
 from torch import Tensor
@@ -10,27 +10,27 @@ from nanoserve.kernels.flashinfer_experts import run
 from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import relu2
 from nanoserve.kernels.triton_experts import front, router
-from nanoserve.kernels.triton_linear import FEW, checked, linear, linears_add_norm
+from nanoserve.kernels.triton_linear import FEW, checked, linear, linears_add, normed
 from nanoserve.kernels.weight_tiles import tile_of
 
 
-def moe_add_norm_w4a16(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """As `nanoserve.kernels.fused.moe_add_norm`, the routed experts by `run_moe_w4a16`."""
-    return _around("w4a16", x, w, stream, norm)
+def moe_add_w4a16(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
+    """As `nanoserve.kernels.fused.moe_add`, the routed experts by `run_moe_w4a16`."""
+    return _around("w4a16", stream, norm, w)
 
 
-def moe_add_norm_b12x(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """As `nanoserve.kernels.fused.moe_add_norm`, the routed experts by `B12xMoEWrapper`."""
-    return _around("b12x", x, w, stream, norm)
+def moe_add_b12x(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
+    """As `nanoserve.kernels.fused.moe_add`, the routed experts by `B12xMoEWrapper`."""
+    return _around("b12x", stream, norm, w)
 
 
-def _around(backend: str, x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    x = checked(x)
+def _around(backend: str, stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
+    x = normed(checked(stream), norm)
     ids, weights, shared, narrow = _before(x, w)
     routed = run(backend, narrow, ids, weights, w.up, w.down)
     if w.latent_out:
-        return linears_add_norm(routed, w.latent_out, shared, w.shared_down, stream, norm)
-    return linears_add_norm(shared, w.shared_down, None, None, stream + routed, norm)
+        return linears_add(routed, w.latent_out, shared, w.shared_down, stream)
+    return linears_add(shared, w.shared_down, None, None, stream + routed)
 
 
 def _before(x: Tensor, w: MoeWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:

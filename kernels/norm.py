@@ -10,21 +10,18 @@ def rms(x: Tensor, eps: float) -> Tensor:
     return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add a layer's output to the residual stream and normalise for the next layer.
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm in front of a layer, or of the head.
 
     Args:
         x: residual stream [T, H].
-        delta: what the last layer adds [T, H]; None before the first layer.
         weight: float32 [H], multiplied plainly (not 1 + w).
         eps: added to the mean square.
 
     Returns:
-        (the new residual stream, its norm), both [T, H] in x's dtype.
+        [T, H] in x's dtype.
     """
-    if delta is not None:
-        x = x + delta
-    return x, (rms(x, eps) * weight).to(x.dtype)
+    return (rms(x, eps) * weight).to(x.dtype)
 
 
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:

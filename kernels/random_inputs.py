@@ -41,7 +41,7 @@ def random_weight(bits: int, *shape: int, device: torch.device) -> Weight:
 
 def random_norm(size: int, device: torch.device) -> Norm:
     """Weights near 1."""
-    return Norm.of(1 + 0.1 * torch.randn(size, device=device), 1e-5)
+    return Norm(1 + 0.1 * torch.randn(size, device=device), 1e-5)
 
 
 def random_routing(count: int, experts: int, top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:

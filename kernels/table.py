@@ -26,9 +26,9 @@ from nanoserve.kernels.ssm import SsmWeights
 
 BACKENDS: Mapping[str, Mapping[str, str]] = {
     # op: {backend: "module:function"}, best first. The torch column is each op's meaning and runs anywhere.
-    "add_norm": {
-        "triton": "nanoserve.kernels.triton_linear:add_norm",
-        "torch": "nanoserve.kernels.norm:add_norm",
+    "norm": {
+        "triton": "nanoserve.kernels.triton_linear:norm",
+        "torch": "nanoserve.kernels.norm:norm",
     },
     "gated_norm": {
         "triton": "nanoserve.kernels.triton_prefill:gated_norm",
@@ -53,23 +53,23 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
         "triton": "nanoserve.kernels.triton_linear:linear_f32",
         "torch": "nanoserve.kernels.linear:linear_f32",
     },
-    "linears": {
-        "triton": "nanoserve.kernels.triton_linear:linears",
-        "torch": "nanoserve.kernels.fused:linears",
+    "norm_linears": {
+        "triton": "nanoserve.kernels.triton_linear:norm_linears",
+        "torch": "nanoserve.kernels.fused:norm_linears",
     },
-    "linear_add_norm": {
-        "triton": "nanoserve.kernels.triton_linear:linear_add_norm",
-        "torch": "nanoserve.kernels.fused:linear_add_norm",
+    "linear_add": {
+        "triton": "nanoserve.kernels.triton_linear:linear_add",
+        "torch": "nanoserve.kernels.fused:linear_add",
     },
-    "mlp_add_norm": {
-        "triton": "nanoserve.kernels.triton_linear:mlp_add_norm",
-        "torch": "nanoserve.kernels.fused:mlp_add_norm",
+    "mlp_add": {
+        "triton": "nanoserve.kernels.triton_linear:mlp_add",
+        "torch": "nanoserve.kernels.fused:mlp_add",
     },
-    "moe_add_norm": {
-        "triton": "nanoserve.kernels.triton_experts:moe_add_norm",
-        "w4a16": "nanoserve.kernels.flashinfer_moe:moe_add_norm_w4a16",
-        "b12x": "nanoserve.kernels.flashinfer_moe:moe_add_norm_b12x",
-        "torch": "nanoserve.kernels.fused:moe_add_norm",
+    "moe_add": {
+        "triton": "nanoserve.kernels.triton_experts:moe_add",
+        "w4a16": "nanoserve.kernels.flashinfer_moe:moe_add_w4a16",
+        "b12x": "nanoserve.kernels.flashinfer_moe:moe_add_b12x",
+        "torch": "nanoserve.kernels.fused:moe_add",
     },
     "conv_prefill": {
         "triton": "nanoserve.kernels.triton_prefill:conv_prefill",
@@ -124,12 +124,15 @@ HOST_BOUND: Mapping[tuple[str, str], str] = {
     ("linear_nvfp4", "torch"): _COPIES,
     ("head", "torch"): _COPIES,
     ("attention_decode", "torch"): "asks how long the context is",
-    ("linears", "torch"): _COPIES,
-    ("linear_add_norm", "torch"): _COPIES,
-    ("mlp_add_norm", "torch"): _COPIES,
-    ("moe_add_norm", "torch"): "asks which experts were chosen",
+    ("norm_linears", "torch"): _COPIES,
+    ("linear_add", "torch"): _COPIES,
+    ("mlp_add", "torch"): _COPIES,
+    ("moe_add", "torch"): "asks which experts were chosen",
     ("sample", "torch"): "takes the request's numbers from the host",
 }
+
+_NORMING = ("torch", "triton", "cuda")
+"""Backends of a linear op that `norm_linears` stands in for; the others are chosen by name alone."""
 
 Experts = Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
 Attend = Callable[[Tensor, LayerKV, Tensor, Tensor], Tensor]
@@ -153,16 +156,16 @@ class Resolution:
 class Ops:
     """Every op of the model, resolved. Contracts stand at the torch functions that `BACKENDS` names."""
 
-    add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    norm: Callable[[Tensor, Tensor, float], Tensor]
     gated_norm: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
     linear_plain: Callable[[Tensor, Weight], Tensor]
     linear_fp8: Callable[[Tensor, Weight], Tensor]
     linear_nvfp4: Callable[[Tensor, Weight], Tensor]
     head: Callable[[Tensor, Weight], Tensor]
-    linears: Callable[[Tensor, tuple[Weight, ...]], tuple[Tensor, ...]]
-    linear_add_norm: Callable[[Tensor, Weight, Tensor, Norm], tuple[Tensor, Tensor]]
-    mlp_add_norm: Callable[[Tensor, Weight, Weight, Tensor, Norm], tuple[Tensor, Tensor]]
-    moe_add_norm: Callable[[Tensor, MoeWeights, Tensor, Norm], tuple[Tensor, Tensor]]
+    norm_linears: Callable[[Tensor, Norm, tuple[Weight, ...]], tuple[Tensor, ...]]
+    linear_add: Callable[[Tensor, Weight, Tensor], Tensor]
+    mlp_add: Callable[[Tensor, Norm, Weight, Weight], Tensor]
+    moe_add: Callable[[Tensor, Norm, MoeWeights], Tensor]
     conv_prefill: Conv
     ssm_prefill: Callable[[Tensor, Tensor, Tensor, Tensor, SsmWeights, Tensor, int], Tensor]
     mamba_decode: Callable[[Tensor, MambaWeights, MambaState], Tensor]
@@ -181,13 +184,23 @@ class Ops:
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """The linear op of the weight's own format: [T, K] → [T, N]."""
-        match weight:
-            case Plain():
-                return self.linear_plain(x, weight)
-            case Fp8():
-                return self.linear_fp8(x, weight)
-            case Nvfp4():
-                return self.linear_nvfp4(x, weight)
+        return getattr(self, _linear_op(weight))(x, weight)
+
+    def project(self, stream: Tensor, norm: Norm, weight: Weight) -> Tensor:
+        """The linear op of the weight's own format over norm(stream), [T, H] → [T, N]; fused where it can be."""
+        if self.backend(_linear_op(weight)) in _NORMING:
+            return self.norm_linears(stream, norm, (weight,))[0]
+        return self.linear(self.norm(stream, norm.weight, norm.eps), weight)
+
+
+def _linear_op(weight: Weight) -> str:
+    match weight:
+        case Plain():
+            return "linear_plain"
+        case Fp8():
+            return "linear_fp8"
+        case Nvfp4():
+            return "linear_nvfp4"
 
 
 def select(

@@ -1,24 +1,24 @@
-"""Host side of the mixture of experts in Triton: three launches a layer, four where there is a latent."""
+"""Host side of the mixture of experts in Triton: four launches a layer, five where there is a latent."""
 
 import torch
 from torch import Tensor
 
 from nanoserve.kernels import fused
-from nanoserve.kernels.fused import GATE_TICKETS, MoeWeights, Norm
+from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import Weight
 from nanoserve.kernels.prefill_router import router_many
 from nanoserve.kernels.tiles import blocks, dependent, launch, power_of_two
 from nanoserve.kernels.triton_linear import (
     FEW,
-    add_norm,
     ahead,
     checked,
-    linears_add_norm,
+    linears_add,
+    normed,
     shape_options,
     stored,
 )
 from nanoserve.kernels.triton_moe import choose_kernel, down_kernel, front_kernel, gate_kernel, up_kernel
-from nanoserve.kernels.weight_tiles import Cut, Tile, tile_of
+from nanoserve.kernels.weight_tiles import Cut, tile_of
 
 GATE_ROWS = 4
 """Experts a program of the router: its weight is small, and many programs read it sooner."""
@@ -65,28 +65,19 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, up: Weight, down: Weight, *
     return down_products(hidden, ids, weights, down, torch.empty_like(x), tickets, cut)
 
 
-def moe_add_norm(
-    x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm, *, cut: Cut = tile_of
-) -> tuple[Tensor, Tensor]:
-    """`nanoserve.kernels.fused.moe_add_norm`; of equal scores the lower expert's number is taken first."""
-    if len(x) > FEW:
-        return fused.moe_add_norm(x, w, stream, norm)
-    x = checked(x)
-    ids, weights, shared, narrow = front(x, w, cut)
+def moe_add(stream: Tensor, norm: Norm, w: MoeWeights, *, cut: Cut = tile_of) -> Tensor:
+    """`nanoserve.kernels.fused.moe_add`; of equal scores the lower expert's number is taken first."""
+    if len(stream) > FEW:
+        return fused.moe_add(stream, norm, w)
+    stream = checked(stream)
+    ids, weights, shared, narrow = front(normed(stream, norm), w, cut)
     hidden = up_products(narrow, ids, w.up, cut)
+    out = torch.empty_like(narrow)
     if w.latent_out:
-        routed = down_products(
-            hidden, ids, weights, w.down, torch.empty_like(narrow), w.tickets[GATE_TICKETS:], cut
-        )
-        return linears_add_norm(routed, w.latent_out, shared, w.shared_down, stream, norm, cut=cut)
-    normed = torch.empty_like(stream)
-    new = down_products(
-        hidden, ids, weights, w.down, torch.empty_like(stream), w.tickets[GATE_TICKETS:], cut,
-        shared=(shared, w.shared_down), tail=(stream, norm, normed),
-    )  # fmt: skip
-    if not _down_tile(w.down, w.top_k, x.device, cut).fused:
-        return add_norm(new, None, norm.weight, norm.eps)
-    return new, normed
+        routed = down_products(hidden, ids, weights, w.down, out, w.tickets, cut)
+        return linears_add(routed, w.latent_out, shared, w.shared_down, stream, cut=cut)
+    ending = (shared, w.shared_down, stream)
+    return down_products(hidden, ids, weights, w.down, out, w.tickets, cut, ending=ending)
 
 
 def _room(x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -140,33 +131,22 @@ def down_products(
     tickets: Tensor,
     cut: Cut,
     *,
-    shared: tuple[Tensor, Weight] | None = None,
-    tail: tuple[Tensor, Norm, Tensor] | None = None,
+    ending: tuple[Tensor, Weight, Tensor] | None = None,
 ) -> Tensor:
-    """The experts' weighted sum into ``out`` [T, rows]; with a shared expert, also what ends a layer.
+    """The experts' weighted sum into ``out`` [T, rows]; with an ending, also what ends a layer.
 
-    ``shared`` is its (hidden values, second weight); ``tail`` is (residual stream, norm, where that goes), and
-    ``out`` is then the new stream.
+    ``ending`` is (the shared expert's hidden values, its second weight, the residual stream), and ``out`` is then
+    the new stream.
     """
     view, top_k = stored(down), ids.shape[1]
-    tile = _down_tile(down, top_k, out.device, cut)
-    x2, second = (shared[0], stored(shared[1])) if shared else (hidden, view)
-    stream, normed = (tail[0], tail[2]) if tail else (out, out)
-    norm = tail[1] if tail else Norm(weights, 0.0, tickets)
-    count = top_k + (1 if shared else 0)
+    tile = cut(view.bits, view.rows, view.columns, out.device, copies=top_k)
+    x2, second, stream = (ending[0], stored(ending[1]), ending[2]) if ending else (hidden, view, out)
+    count = top_k + (1 if ending else 0)
     parts = torch.empty((len(ids), count, view.rows), device=out.device)
     launch(
         down_kernel, (blocks(view.rows, tile.rows), count, len(ids)),
-        hidden, ids, weights, *view.tensors, x2, *second.tensors, parts, out,
-        stream, norm.weight, normed, tickets, norm.tickets, view.rows, norm.eps,
-        T=len(ids), K=view.columns, K2=second.columns, BITS=view.bits, BITS2=second.bits if shared else 0,
-        TOP=top_k, FUSED=tile.fused and tail is not None, BLOCK=power_of_two(view.rows),
-        AHEAD=ahead(tile, out.device, second) if shared else 0,
-        **shape_options(tile, 1, out.device),
+        hidden, ids, weights, *view.tensors, x2, *second.tensors, parts, out, stream, tickets, view.rows,
+        T=len(ids), K=view.columns, K2=second.columns, BITS=view.bits, BITS2=second.bits if ending else 0,
+        TOP=top_k, AHEAD=ahead(tile, out.device, second) if ending else 0, **shape_options(tile, 1, out.device),
     )  # fmt: skip
     return out
-
-
-def _down_tile(down: Weight, top_k: int, device: torch.device, cut: Cut) -> Tile:
-    view = stored(down)
-    return cut(view.bits, view.rows, view.columns, device, copies=top_k)

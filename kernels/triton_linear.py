@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from nanoserve.errors import BackendError
-from nanoserve.kernels.fused import GATE_TICKETS, Norm
+from nanoserve.kernels.fused import Norm
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight, relu2
 from nanoserve.kernels.tiles import blocks, dependent, launch, power_of_two
 from nanoserve.kernels.triton_gemm import gemm_kernel
 from nanoserve.kernels.triton_skinny import linears_kernel
-from nanoserve.kernels.triton_stream import add_norm_kernel, linear_add_norm_kernel
+from nanoserve.kernels.triton_stream import linear_add_kernel, norm_kernel
 from nanoserve.kernels.weight_tiles import Cut, Tile, gemm_tile, tile_of
 
 FEW = 16
@@ -92,7 +92,7 @@ def checked(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """`nanoserve.kernels.linear.linear` for BF16 activations."""
-    return linears(x, (weight,))[0]
+    return products(x, (weight,), x.dtype)[0]
 
 
 def linear_f32(x: Tensor, weight: Weight) -> Tensor:
@@ -100,9 +100,9 @@ def linear_f32(x: Tensor, weight: Weight) -> Tensor:
     return products(x, (weight,), torch.float32)[0]
 
 
-def linears(x: Tensor, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:
-    """`nanoserve.kernels.fused.linears`: one launch for up to three weights and few tokens."""
-    return products(x, weights, x.dtype)
+def norm_linears(stream: Tensor, norm: Norm, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:
+    """`nanoserve.kernels.fused.norm_linears`: two launches for up to three weights and few tokens."""
+    return products(normed(stream, norm), weights, stream.dtype)
 
 
 def products(
@@ -161,58 +161,51 @@ def _many(x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`nanoserve.kernels.norm.add_norm`: a program a token."""
-    new = x if delta is None else torch.empty_like(x)
-    normed = torch.empty_like(x)
-    size = x.shape[1]
-    launch(
-        add_norm_kernel, (len(x),),
-        x, x if delta is None else delta, weight, new, normed, size, eps,
-        ADD=delta is not None, BLOCK=power_of_two(size), num_warps=8, **dependent(x.device),
-    )  # fmt: skip
-    return new, normed
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`nanoserve.kernels.norm.norm`: a program a token."""
+    out, size = torch.empty_like(x), x.shape[1]
+    launch(norm_kernel, (len(x),), x, weight, out, size, eps, BLOCK=power_of_two(size), num_warps=8)
+    return out
 
 
-def linear_add_norm(x: Tensor, weight: Weight, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """`nanoserve.kernels.fused.linear_add_norm`, in one launch."""
-    return linears_add_norm(x, weight, None, None, stream, norm)
+def normed(stream: Tensor, by: Norm) -> Tensor:
+    """The residual stream as a layer reads it."""
+    return norm(stream, by.weight, by.eps)
 
 
-def mlp_add_norm(x: Tensor, up: Weight, down: Weight, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """`nanoserve.kernels.fused.mlp_add_norm`, in two launches."""
-    few = len(x) <= FEW
-    hidden = products(x, (up,), x.dtype, squared=few)[0]
-    return linear_add_norm(hidden if few else relu2(hidden), down, stream, norm)
+def linear_add(x: Tensor, weight: Weight, stream: Tensor) -> Tensor:
+    """`nanoserve.kernels.fused.linear_add`, in one launch."""
+    return linears_add(x, weight, None, None, stream)
 
 
-def linears_add_norm(
+def mlp_add(stream: Tensor, norm: Norm, up: Weight, down: Weight) -> Tensor:
+    """`nanoserve.kernels.fused.mlp_add`, in three launches."""
+    few = len(stream) <= FEW
+    hidden = products(normed(stream, norm), (up,), stream.dtype, squared=few)[0]
+    return linear_add(hidden if few else relu2(hidden), down, stream)
+
+
+def linears_add(
     x: Tensor,
     weight: Weight,
     x2: Tensor | None,
     weight2: Weight | None,
     stream: Tensor,
-    norm: Norm,
     *,
     cut: Cut = tile_of,
-) -> tuple[Tensor, Tensor]:
-    """add_norm(stream, linear(x, weight) + linear(x2, weight2)); without the second product where it is None."""
+) -> Tensor:
+    """Stream + (linear(x, weight) + linear(x2, weight2)); without the second product where it is None."""
     if len(x) > FEW:
         delta = linear(x, weight)
-        delta = delta if x2 is None or weight2 is None else delta + linear(x2, weight2)
-        return add_norm(stream, delta, norm.weight, norm.eps)
+        return stream + (delta if x2 is None or weight2 is None else delta + linear(x2, weight2))
     x, first = checked(x), stored(weight)
     second = stored(weight2) if weight2 else first
     tile = cut(first.bits, first.rows, first.columns, x.device, tokens=len(x))
-    new, normed = torch.empty_like(stream), torch.empty_like(stream)
-    sums = torch.empty((2, tile.parts, len(x), first.rows), device=x.device)
+    new = torch.empty_like(stream)
     launch(
-        linear_add_norm_kernel, (blocks(first.rows, tile.rows), tile.parts),
-        x, *first.tensors, x if x2 is None else checked(x2), *second.tensors, sums,
-        stream, new, norm.weight, normed, norm.tickets, norm.tickets[GATE_TICKETS:], first.rows, norm.eps,
+        linear_add_kernel, (blocks(first.rows, tile.rows),),
+        x, *first.tensors, x if x2 is None else checked(x2), *second.tensors, stream, new, first.rows,
         T=len(x), K1=first.columns, K2=second.columns, BITS1=first.bits, BITS2=second.bits if weight2 else 0,
-        SPAN1=tile.span(first.bits, first.columns), SPAN2=tile.span(second.bits, second.columns),
-        PARTS=tile.parts, FUSED=tile.fused, BLOCK=power_of_two(first.rows),
         AHEAD=ahead(tile, x.device, first, second), **shape_options(tile, len(x), x.device),
     )  # fmt: skip
-    return (new, normed) if tile.fused else add_norm(new, None, norm.weight, norm.eps)
+    return new

@@ -13,8 +13,17 @@ import triton
 import triton.language as tl
 
 from nanoserve.kernels.triton_skinny import ahead, product, project
-from nanoserve.kernels.triton_stream import last_of, normalise_if_last
 from nanoserve.kernels.triton_tile import fetch, producers_done, release
+
+
+@triton.jit
+def last_of(tickets: tl.tensor, count: tl.tensor) -> tl.tensor:
+    """Whether this program is the last of ``count`` with this ticket; what the others wrote can be seen then."""
+    tl.debug_barrier()  # the ticket tells of what every warp of this program wrote
+    last = tl.atomic_add(tickets, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.store(tickets, 0)
+    return last
 
 
 @triton.jit
@@ -235,20 +244,14 @@ def down_kernel(
     parts: tl.tensor,
     out: tl.tensor,
     stream: tl.tensor,
-    norm: tl.tensor,
-    normed: tl.tensor,
-    block_tickets: tl.tensor,
-    norm_tickets: tl.tensor,
+    tickets: tl.tensor,
     rows: tl.tensor,
-    eps: tl.tensor,
     T: tl.constexpr,
     K: tl.constexpr,
     K2: tl.constexpr,
     BITS: tl.constexpr,
     BITS2: tl.constexpr,
     TOP: tl.constexpr,
-    FUSED: tl.constexpr,
-    BLOCK: tl.constexpr,
     BN: tl.constexpr,
     CHUNK: tl.constexpr,
     BT: tl.constexpr,
@@ -262,7 +265,7 @@ def down_kernel(
 
     A part is an expert; the shared one is one more, unless BITS2 is 0. The last program of a block of rows adds
     the parts up in their order. Without a shared expert out [T, rows] is that sum. With one it is stream + sum +
-    x2 @ w2.T, each rounded as the reference rounds it, and normed is its norm, with FUSED.
+    x2 @ w2.T, each rounded as the reference rounds it.
     """
     block, part, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     PER: tl.constexpr = 4 if BITS == 4 else 1  # what an element of the stored weight holds
@@ -274,21 +277,21 @@ def down_kernel(
         zero = producers_done(PDL)
         e = tl.load(ids + chosen + zero).to(tl.int64)
         y = product(
-            block, 0, hidden + chosen * K + zero, K, w + e * rows * (K // PER), scales + e * rows * (K // 16),
-            matrix_scales + e, rows, 1, K, K, BITS, BN, CHUNK, BT, SLOTS, STAGES, False, ASM,
+            block, hidden + chosen * K + zero, K, w + e * rows * (K // PER), scales + e * rows * (K // 16),
+            matrix_scales + e, rows, 1, K, BITS, BN, CHUNK, BT, SLOTS, STAGES, False, ASM,
         )  # fmt: skip
         y = y * tl.load(weights + chosen)
         release(PDL)
     else:
-        ahead(block, 0, w2, scales2, rows, K2, K2, SHARED, BN, SLOTS, AHEAD)
+        ahead(block, w2, scales2, rows, K2, SHARED, BN, SLOTS, AHEAD)
         y = product(
-            block, 0, x2 + t * K2, K2, w2, scales2, matrix_scale2, rows,
-            1, K2, K2, SHARED, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
+            block, x2 + t * K2, K2, w2, scales2, matrix_scale2, rows,
+            1, K2, SHARED, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM,
         )  # fmt: skip
     parts += t * count * rows
     inside = n < rows
     tl.store(parts + part * rows + n, first_column(y, BT), mask=inside)
-    if last_of(block_tickets + t * tl.num_programs(0) + block, count):
+    if last_of(tickets + t * tl.num_programs(0) + block, count):
         total = tl.zeros([BN], tl.float32)
         for i in tl.static_range(TOP):
             total += tl.load(parts + i * rows + n, mask=inside, other=0.0, cache_modifier=".cg")
@@ -300,9 +303,6 @@ def down_kernel(
             before = tl.load(stream + t * rows + n, mask=inside, other=0.0)
             result = (before.to(tl.float32) + both.to(tl.float32)).to(out.dtype.element_ty)
         tl.store(out + t * rows + n, result, mask=inside)
-        if FUSED:
-            programs = tl.num_programs(0) * T
-            normalise_if_last(out, norm, normed, rows, eps, norm_tickets, programs, T, BLOCK)
 
 
 @triton.jit

@@ -83,7 +83,6 @@ def slot_sums(
     K: tl.constexpr,
     BITS: tl.constexpr,
     BK: tl.constexpr,
-    SPAN: tl.constexpr,
     STRIDE: tl.constexpr,
     BT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -102,14 +101,13 @@ def slot_sums(
         K: columns.
         BITS: of a weight: 4, 8, 16.
         BK: columns a slot takes a step: at least 16 elements.
-        SPAN: columns from a slot's beginning to its end.
         STRIDE: columns between two steps of a slot.
         BT: room for tokens: at least 8.
         STAGES: of the copies.
         ASM: PTX may be used.
     """
     acc = tl.zeros([k.shape[0], n.shape[0], BT], tl.float32)
-    for start in tl.range(0, SPAN, STRIDE, num_stages=STAGES):
+    for start in tl.range(0, K, STRIDE, num_stages=STAGES):
         acc = step(acc, x, x_row, w, scales, n, start + k, T, K, BITS, BK, ASM)
     if BITS == 4:
         acc = acc * CODES_DOWN
@@ -119,42 +117,25 @@ def slot_sums(
 @triton.jit
 def ahead(
     block: tl.tensor,
-    part: tl.tensor,
     w: tl.tensor,
     scales: tl.tensor,
     rows: tl.tensor,
     K: tl.constexpr,
-    SPAN: tl.constexpr,
     BITS: tl.constexpr,
     BN: tl.constexpr,
     SLOTS: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
-    """Begin to fetch what `product` will read first, AHEAD bytes of each row: no launch writes a weight.
-
-    SPAN is the columns that are the ``part``'s own.
-    """
+    """Begin to fetch what `product` will read first, AHEAD bytes of each row: no launch writes a weight."""
     if AHEAD > 0:
-        bits = tl.minimum(SPAN, K - part * SPAN) * BITS
-        fetch(
-            w,
-            block * BN,
-            rows,
-            K * BITS // 8,
-            part * SPAN * BITS // 8,
-            tl.minimum(bits // 8, AHEAD),
-            BN,
-            SLOTS * 32,
-        )
+        fetch(w, block * BN, rows, K * BITS // 8, 0, tl.minimum(K * BITS // 8, AHEAD), BN, SLOTS * 32)
         if BITS == 4:
-            size = tl.minimum(bits // 64, AHEAD // 8)
-            fetch(scales, block * BN, rows, K // 16, part * SPAN // 16, size, BN, SLOTS * 32)
+            fetch(scales, block * BN, rows, K // 16, 0, tl.minimum(K // 16, AHEAD // 8), BN, SLOTS * 32)
 
 
 @triton.jit
 def product(
     block: tl.tensor,
-    part: tl.tensor,
     x: tl.tensor,
     x_row: tl.tensor,
     w: tl.tensor,
@@ -163,7 +144,6 @@ def product(
     rows: tl.tensor,
     T: tl.constexpr,
     K: tl.constexpr,
-    SPAN: tl.constexpr,
     BITS: tl.constexpr,
     BN: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -174,8 +154,6 @@ def product(
     ASM: tl.constexpr,
 ) -> tl.tensor:
     """Products x @ w.T at the ``block``-th BN rows, float32 [BN, BT]; CHUNK bytes of a row a slot and step.
-
-    Where programs share a block's columns, these are the ``part``-th's SPAN columns.
 
     x is BF16 [T, K]; it may still be in the making by the launch before, where PDL is on.
     """
@@ -190,8 +168,8 @@ def product(
         x = x.to(tl.pointer_type(tl.int64))
         x_row = x_row // 4
     y = slot_sums(
-        x + slot * 0, x_row, w + slot * 0, scales + slot * 0, n, part * SPAN + slot * BK,
-        T, K, BITS, BK, SPAN, SLOTS * BK, BT, STAGES, ASM,
+        x + slot * 0, x_row, w + slot * 0, scales + slot * 0, n, slot * BK,
+        T, K, BITS, BK, SLOTS * BK, BT, STAGES, ASM,
     )  # fmt: skip
     release(PDL)
     y = tl.sum(y, 0)
@@ -224,10 +202,8 @@ def project(
     ASM: tl.constexpr,
 ) -> None:
     """Set out [T, rows] = x @ w.T at one block of rows, or relu(x @ w.T)² of the rounded product with SQUARED."""
-    ahead(block, 0, w, scales, rows, K, K, BITS, BN, SLOTS, AHEAD)
-    y = product(
-        block, 0, x, x_row, w, scales, matrix_scale, rows, T, K, K, BITS, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM
-    )
+    ahead(block, w, scales, rows, K, BITS, BN, SLOTS, AHEAD)
+    y = product(block, x, x_row, w, scales, matrix_scale, rows, T, K, BITS, BN, CHUNK, BT, SLOTS, STAGES, PDL, ASM)
     y = y.to(out.dtype.element_ty)
     if SQUARED:
         y = tl.maximum(y.to(tl.float32), 0.0)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nanoserve.kernels.fused import MoeWeights, Norm, tickets
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
-from nanoserve.kernels.triton_experts import moe_add_norm, router
-from nanoserve.kernels.triton_linear import add_norm, linears_add_norm, products
+from nanoserve.kernels.triton_experts import moe_add, router
+from nanoserve.kernels.triton_linear import linears_add, norm, products
 from nanoserve.kernels.weight_tiles import Cut
 
 _META = torch.device("meta")
@@ -78,11 +78,6 @@ def weight(bits: int, *shape: int) -> Weight:
             return Plain(empty(*shape))
 
 
-def norm(size: int) -> Norm:
-    """A norm without memory."""
-    return Norm(empty(size, dtype=torch.float32), 1e-5, empty(tickets(size), dtype=torch.int32))
-
-
 def moe(s: Shape) -> MoeWeights:
     """An expert layer without memory."""
     width = s.latent or s.hidden
@@ -110,18 +105,19 @@ def launches(s: Shape, tokens: int, cut: Cut) -> Iterator[tuple[str, Callable[[]
         tokens: of the step.
         cut: of the chip.
     """
-    x, inner, after = empty(tokens, s.hidden), empty(tokens, s.inner), norm(s.hidden)
+    x, inner = empty(tokens, s.hidden), empty(tokens, s.inner)
+    before = Norm(empty(s.hidden, dtype=torch.float32), 1e-5)
     in_proj, out_proj = weight(s.mamba_bits, s.projected, s.hidden), weight(s.mamba_bits, s.hidden, s.inner)
     qkv = (weight(16, s.heads, s.hidden), *(weight(16, s.kv, s.hidden) for _ in range(2)))
     mixed, o_proj = empty(tokens, s.heads), weight(16, s.hidden, s.heads)
     experts, head = moe(s), weight(s.head_bits, s.vocab, s.hidden)
     bfloat16, float32 = torch.bfloat16, torch.float32
     yield "in_proj", partial(products, x, (in_proj,), bfloat16, cut=cut)
-    yield "out_proj", partial(linears_add_norm, inner, out_proj, None, None, x, after, cut=cut)
+    yield "out_proj", partial(linears_add, inner, out_proj, None, None, x, cut=cut)
     yield "qkv", partial(products, x, qkv, bfloat16, cut=cut)
-    yield "o_proj", partial(linears_add_norm, mixed, o_proj, None, None, x, after, cut=cut)
-    yield "moe", partial(moe_add_norm, x, experts, x, after, cut=cut)
+    yield "o_proj", partial(linears_add, mixed, o_proj, None, None, x, cut=cut)
+    yield "moe", partial(moe_add, x, before, experts, cut=cut)
     yield "router", partial(router, x, experts.gate, experts.bias, s.top_k, 2.5, True)
-    yield "add_norm", partial(add_norm, x, x, after.weight, 1e-5)
+    yield "norm", partial(norm, x, before.weight, before.eps)
     yield "head", partial(products, x, (head,), float32, cut=cut)
     yield "prefill", partial(products, empty(512, s.hidden), (in_proj,), bfloat16, cut=cut)

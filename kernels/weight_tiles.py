@@ -25,24 +25,15 @@ class Tile:
         chunk: bytes of a row, a warp and step; 64, 128 or 256.
         slots: warps that share K.
         stages: of the copies to shared memory.
-        parts: programs that share the columns of a block of rows, in launches that end a layer.
         early: 0 if nothing happens before the launch in front has ended; else weights are fetched, and the next
             launch may begin: when this one has (1), when its products are done (2), or when it has waited (3).
-        fused: the norm that ends a layer is in the launch that writes the residual stream.
     """
 
     rows: int = 16
     chunk: int = 128
     slots: int = 4
     stages: int = 4
-    parts: int = 1
     early: int = 0
-    fused: bool = True
-
-    def span(self, bits: int, columns: int) -> int:
-        """Columns of each part, in whole steps."""
-        step = self.slots * self.chunk * 8 // bits
-        return -(-columns // (step * self.parts)) * step
 
 
 @dataclass(frozen=True, slots=True)

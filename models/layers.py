@@ -1,8 +1,9 @@
 """The four mixers of Nemotron-H. Every layer is one of them: stream = stream + mixer(norm(stream)).
 
-A mixer holds its weights and works on a `Span`: consecutive tokens of one sequence. It takes the normed stream and
-ends in the op that adds its result to the residual stream and applies the norm in front of the next layer, so that
-one kernel can do it all. What it computes with stands in the op table; the ops' references have the mathematics.
+A mixer holds its weights and works on a `Span`: consecutive tokens of one sequence. It takes the residual stream
+[T, H] and the norm in front of the layer, and returns the new stream: its first op applies the norm, so that one
+kernel can norm and read, and its last adds the result. What it computes with stands in the op table; the ops'
+references have the mathematics.
 """
 
 from dataclasses import dataclass
@@ -18,9 +19,6 @@ from nanoserve.kernels.moe import PREFILL_FROM
 from nanoserve.kernels.ssm import SsmWeights
 from nanoserve.kernels.table import Ops
 from nanoserve.models.config import NemotronHConfig
-
-Joined = tuple[Tensor, Tensor]
-"""(the residual stream after a layer, its norm for the next), [T, H] each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +56,15 @@ class Mamba:
     dt_bias: Tensor
     norm: Tensor
 
-    def __call__(self, x: Tensor, stream: Tensor, after: Norm, span: Span) -> Joined:
+    def __call__(self, stream: Tensor, norm: Norm, span: Span) -> Tensor:
         """Advances the layer's conv and SSM state."""
         c, ops, slot = self.config, self.ops, span.sequence.slot
         weights, state = SsmWeights(self.a_log, self.d, self.dt_bias), span.cache.mamba(self.index, slot)
-        projected = ops.linear(x, self.in_proj)
+        projected = ops.project(stream, norm, self.in_proj)
         if span.decode:
             between = MambaWeights(self.conv_weight, self.conv_bias, weights, self.norm, c.eps)
             y = ops.mamba_decode(projected, between, state)
-            return ops.linear_add_norm(y, self.out_proj, stream, after)
+            return ops.linear_add(y, self.out_proj, stream)
         z, xbc, dt = projected.split([c.d_inner, c.conv_dim, c.mamba_heads], dim=-1)
         xbc = ops.conv_prefill(xbc, self.conv_weight, self.conv_bias, state.conv)
         bc_size = c.groups * c.state_size
@@ -75,7 +73,7 @@ class Mamba:
         b, c_ = (m.unflatten(-1, (c.groups, c.state_size)) for m in (b, c_))
         y = ops.ssm_prefill(heads, dt, b, c_, weights, state.ssm, c.chunk_size)
         y = ops.gated_norm(y.flatten(1), z, self.norm, c.groups, c.eps)
-        return ops.linear_add_norm(y, self.out_proj, stream, after)
+        return ops.linear_add(y, self.out_proj, stream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +88,16 @@ class Attention:
     v_proj: Weight
     o_proj: Weight
 
-    def __call__(self, x: Tensor, stream: Tensor, after: Norm, span: Span) -> Joined:
+    def __call__(self, stream: Tensor, norm: Norm, span: Span) -> Tensor:
         """Appends to the layer's KV pages."""
         c, ops = self.config, self.ops
         kv, table = span.cache.kv[self.index], span.sequence.page_table
-        heads = (
-            m.unflatten(-1, (-1, c.head_dim)) for m in ops.linears(x, (self.q_proj, self.k_proj, self.v_proj))
-        )
-        q, k, v = heads
+        projected = ops.norm_linears(stream, norm, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (m.unflatten(-1, (-1, c.head_dim)) for m in projected)
         ops.kv_append(k, v, kv, table, span.positions)
         attend = ops.attention_decode if span.decode else ops.attention_prefill
         mixed = attend(q, kv, table, span.positions).flatten(1)
-        return ops.linear_add_norm(mixed, self.o_proj, stream, after)
+        return ops.linear_add(mixed, self.o_proj, stream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +108,9 @@ class Mlp:
     up_proj: Weight
     down_proj: Weight
 
-    def __call__(self, x: Tensor, stream: Tensor, after: Norm, span: Span) -> Joined:
+    def __call__(self, stream: Tensor, norm: Norm, span: Span) -> Tensor:
         """Keeps no state."""
-        return self.ops.mlp_add_norm(x, self.up_proj, self.down_proj, stream, after)
+        return self.ops.mlp_add(stream, norm, self.up_proj, self.down_proj)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +120,12 @@ class MoE:
     ops: Ops
     weights: MoeWeights
 
-    def __call__(self, x: Tensor, stream: Tensor, after: Norm, span: Span) -> Joined:
-        """Keeps no state; router and shared expert read the full x, also where there is a latent."""
+    def __call__(self, stream: Tensor, norm: Norm, span: Span) -> Tensor:
+        """Keeps no state; router and shared expert read the full width, also where there is a latent."""
         ops, w = self.ops, self.weights
         if span.decode:
-            return ops.moe_add_norm(x, w, stream, after)
+            return ops.moe_add(stream, norm, w)
+        x = ops.norm(stream, norm.weight, norm.eps)
         ids, weights = ops.router(x, w.gate, w.bias, w.top_k, w.scale, w.normalize)
         narrow = ops.linear(x, w.latent_in) if w.latent_in else x
         experts = ops.experts_prefill if len(x) >= PREFILL_FROM else ops.experts_few
@@ -136,7 +133,7 @@ class MoE:
         if w.latent_out:
             routed = ops.linear(routed, w.latent_out)
         shared = ops.linear(relu2(ops.linear(x, w.shared_up)), w.shared_down)
-        return ops.add_norm(stream, routed + shared, after.weight, after.eps)
+        return stream + (routed + shared)
 
 
 Mixer = Mamba | Attention | Mlp | MoE

@@ -52,7 +52,7 @@ class NemotronH:
             if letter in counts:
                 counts[letter] += 1
         whole = {field: value for (layer, field), value in fields.items() if layer is None}
-        owned = tuple(Norm.of(weight, config.eps) for weight in (*norms, whole["norm_f"]))
+        owned = tuple(Norm(weight, config.eps) for weight in (*norms, whole["norm_f"]))
         return cls(config, ops, dtype, whole["embeddings"], tuple(layers), owned, whole["lm_head"])
 
     def forward(self, span: Span) -> Tensor:
@@ -64,11 +64,10 @@ class NemotronH:
         Returns:
             Hidden states after the final norm, [T, H].
         """
-        x, first = self.embeddings[span.ids].to(self.dtype), self.norms[0]
-        stream, normed = self.ops.add_norm(x, None, first.weight, first.eps)
-        for layer, after in zip(self.layers, self.norms[1:], strict=True):
-            stream, normed = layer(normed, stream, after, span)
-        return normed
+        stream, last = self.embeddings[span.ids].to(self.dtype), self.norms[-1]
+        for layer, norm in zip(self.layers, self.norms[:-1], strict=True):
+            stream = layer(stream, norm, span)
+        return self.ops.norm(stream, last.weight, last.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, H] → float32 [T, V]."""

@@ -79,12 +79,13 @@ def routing_spread(engine: Engine) -> dict[str, float] | None:
         return None
 
     def watch(place: str, op: str, function: Function) -> Function:
-        def routed(x: Tensor, w: MoeWeights, *others: Any) -> Any:
+        def routed(stream: Tensor, norm: Norm, w: MoeWeights) -> Any:
+            x = engine.model.ops.norm(stream, norm.weight, norm.eps)
             ids, _ = engine.model.ops.router(x, w.gate, w.bias, w.top_k, w.scale, w.normalize)
             chosen.setdefault(id(w), []).append(ids)
-            return function(x, w, *others)
+            return function(stream, norm, w)
 
-        return routed if op == "moe_add_norm" else function
+        return routed if op == "moe_add" else function
 
     tokens = min(_TOKENS, engine.max_context - 1)
     sampling = SamplingParams(max_tokens=tokens, seed=1, ignore_eos=True)

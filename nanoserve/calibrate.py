@@ -21,10 +21,10 @@ MARGIN = 0.03
 NARROW = frozenset({"b12x", "cutlass"})
 """Backends that quantise activations to 4 bits."""
 
-OP = "moe_add_norm"
+OP = "moe_add"
 """What is calibrated: the decode step's experts."""
 
-FORMAT = 1
+FORMAT = 2
 """Of the cache file."""
 
 Say = Callable[[str], None]

@@ -92,7 +92,7 @@ Call = Callable[[], object]
 def _calls(job: Job) -> Iterator[tuple[str, int, Call]]:
     """(op, tokens, call it) of all launches of a family of ours."""
     from nanoserve.kernels import decode_launches, prefill_launches, weight_launches
-    from nanoserve.kernels.weight_tiles import Tile, fitted, tiles_for
+    from nanoserve.kernels.weight_tiles import Tile, tiles_for
 
     chip = capability(job.architecture)
     if job.family == "prefill":
@@ -104,19 +104,12 @@ def _calls(job: Job) -> Iterator[tuple[str, int, Call]]:
         # Early launches, for what they add must fit the chip too.
         return replace(own(*arguments, **options), early=1)
 
-    def shared(bits: int, rows: int, columns: int, device: Any, *, tokens: int = 1, copies: int = 1) -> Tile:
-        # A layer's end once more, with programs that share a block's columns.
-        return fitted(Tile(slots=2, parts=4, early=1), bits, tokens)
-
     for tokens in job.tokens:
         if job.family == "decode":
             yield from ((op, tokens, call) for op, call in decode_launches.launches(job.shape, tokens, chip))
             continue
         shape = weight_launches.SHAPES[job.shape]
         yield from ((op, tokens, call) for op, call in weight_launches.launches(shape, tokens, cut))
-        for op, call in weight_launches.launches(shape, tokens, shared):
-            if op in ("out_proj", "moe"):
-                yield f"{op}, columns shared", tokens, call
 
 
 def _compiled(call: Call, architecture: str, cached: Cached) -> Iterator[dict[str, Any]]:

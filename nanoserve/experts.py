@@ -17,7 +17,7 @@ from nanoserve.models.manifest import Kind
 from nanoserve.models.nemotron_h import Fields
 from nanoserve.weights import Manifest
 
-EXPERT_OPS = ("moe_add_norm", "experts_prefill", "experts_few")
+EXPERT_OPS = ("moe_add", "experts_prefill", "experts_few")
 LIBRARIES: Mapping[str, Callable[[], Any]] = {
     "cutlass": flashinfer_ops.cutlass,
     "w4a16": flashinfer_ops.w4a16,

@@ -134,9 +134,9 @@ def _norms(s: Subject) -> Iterator[OpCase]:
     h = s.config.hidden_size
 
     def make(_: str) -> Arguments:
-        return s.tokens(1, h), s.tokens(1, h), 1 + s.normal(h) / 10, s.config.eps
+        return s.tokens(1, h), 1 + s.normal(h) / 10, s.config.eps
 
-    yield OpCase("add_norm", f"{h}", 1, make, 4e-3)
+    yield OpCase("norm", f"{h}", 1, make, 4e-3)
 
 
 def _linears(s: Subject) -> Iterator[OpCase]:
@@ -151,8 +151,12 @@ def _linears(s: Subject) -> Iterator[OpCase]:
             yield _linear(s, op, bits, shape, tokens)
     for bits in s.bits("lm_head"):
         yield _linear(s, "head", bits, (c.vocab_size, c.hidden_size), 1, tolerance=2e-5)
+    if "M" in c.pattern:
+        rows = next(shape[0] for field, _, shape in s.formats if field == "in_proj")
+        yield from (_beginning(s, "in_proj", [(bits, rows)]) for bits in s.bits("in_proj"))
     if "*" in c.pattern:
-        yield _qkv(s)
+        heads = (("q_proj", c.attention_heads), ("k_proj", c.kv_heads), ("v_proj", c.kv_heads))
+        yield _beginning(s, "q, k, v", [(s.bits(field)[0], n * c.head_dim) for field, n in heads])
     for field, columns in (("out_proj", c.d_inner), ("o_proj", c.attention_heads * c.head_dim)):
         yield from (_ending(s, field, bits, columns) for bits in s.bits(field))
     if "-" in c.pattern:
@@ -172,25 +176,25 @@ def _linear(
     return OpCase(op, f"{shape[0]} × {shape[1]}, {bits} bits", tokens, make, tolerance)
 
 
-def _qkv(s: Subject) -> OpCase:
-    c = s.config
-    rows = [n * c.head_dim for n in (c.attention_heads, c.kv_heads, c.kv_heads)]
-    bits = [s.bits(field)[0] for field in ("q_proj", "k_proj", "v_proj")]
+def _beginning(s: Subject, what: str, weights: list[tuple[int, int]]) -> OpCase:
+    """Products, of (bits, rows) each, over the norm of the stream."""
+    h = s.config.hidden_size
 
     def make(_: str) -> Arguments:
-        weights = tuple(s.weight(b, n, c.hidden_size) for b, n in zip(bits, rows, strict=True))
-        return s.tokens(1, c.hidden_size), weights
+        return s.tokens(1, h), random_norm(h, s.device), tuple(s.weight(bits, rows, h) for bits, rows in weights)
 
-    return OpCase("linears", f"q, k, v {'+'.join(map(str, rows))} × {c.hidden_size}", 1, make, 4e-3)
+    told = "+".join(str(rows) for _, rows in weights)
+    bits = "+".join(str(bits) for bits, _ in weights)
+    return OpCase("norm_linears", f"{what} {told} × {h}, {bits} bits", 1, make, 4e-3)
 
 
 def _ending(s: Subject, field: str, bits: int, columns: int) -> OpCase:
     h = s.config.hidden_size
 
     def make(_: str) -> Arguments:
-        return s.tokens(1, columns), s.weight(bits, h, columns), s.tokens(1, h), random_norm(h, s.device)
+        return s.tokens(1, columns), s.weight(bits, h, columns), s.tokens(1, h)
 
-    return OpCase("linear_add_norm", f"{field} {h} × {columns}, {bits} bits", 1, make, 4e-3)
+    return OpCase("linear_add", f"{field} {h} × {columns}, {bits} bits", 1, make, 4e-3)
 
 
 def _mlp(s: Subject) -> OpCase:
@@ -199,9 +203,9 @@ def _mlp(s: Subject) -> OpCase:
 
     def make(_: str) -> Arguments:
         weights = s.weight(up, wide, h), s.weight(down, h, wide)
-        return (s.tokens(1, h), *weights, s.tokens(1, h), random_norm(h, s.device))
+        return s.tokens(1, h), random_norm(h, s.device), *weights
 
-    return OpCase("mlp_add_norm", f"{wide} × {h}, {up} bits", 1, make, 5e-3)
+    return OpCase("mlp_add", f"{wide} × {h}, {up} bits", 1, make, 5e-3)
 
 
 def _experts(s: Subject) -> Iterator[OpCase]:
@@ -252,10 +256,10 @@ def moe_case(s: Subject) -> OpCase:
             latent_out=latent("fc2", h, c.expert_width),
             tickets=torch.zeros(tickets(h), dtype=torch.int32, device=s.device),
         )
-        return s.tokens(1, h), weights, s.tokens(1, h), random_norm(h, s.device)
+        return s.tokens(1, h), random_norm(h, s.device), weights
 
     what = f"{c.top_k} of {c.experts}, {c.expert_size} × {c.expert_width}, shared {c.shared_size}"
-    return OpCase("moe_add_norm", what, 1, make, 5e-3)
+    return OpCase("moe_add", what, 1, make, 5e-3)
 
 
 def _gate(s: Subject) -> tuple[Tensor, Tensor]:

@@ -3,17 +3,16 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanoserve.kernels import random_inputs
-from nanoserve.kernels.fused import GATE_TICKETS, MoeWeights, Norm, tickets
+from nanoserve.kernels.fused import MoeWeights, Norm, tickets
 from nanoserve.kernels.linear import Weight
 from nanoserve.kernels.random_inputs import random_norm
-from nanoserve.kernels.triton_experts import down_products, front, moe_add_norm, up_products
-from nanoserve.kernels.triton_linear import linears_add_norm, products
+from nanoserve.kernels.triton_experts import down_products, front, moe_add, up_products
+from nanoserve.kernels.triton_linear import linears_add, products
 from nanoserve.kernels.weight_launches import Shape
 from nanoserve.kernels.weight_tiles import Cut
 
@@ -95,11 +94,7 @@ def case_of(s: Shape, kind: str, count: int, cut: Cut, device: torch.device, col
     sizes = {name: size for name, _, size in cases(s)}
     size = sizes[kind] if kind in sizes else sum(sizes[k] for k in ("front", "up", "down", "back") if k in sizes)
     sets = max(2, min(64, int(cold / size) + 1)) if cold else 1
-    x, stream, norm = (
-        random_tokens(count, s.hidden, device),
-        random_tokens(count, s.hidden, device),
-        norm_on(s.hidden, device),
-    )
+    x = random_tokens(count, s.hidden, device)
     calls: Calls = []
     match kind:
         case "in_proj" | "qkv" | "head":
@@ -112,9 +107,9 @@ def case_of(s: Shape, kind: str, count: int, cut: Cut, device: torch.device, col
             wide = random_tokens(count, columns, device)
             for _ in range(sets):
                 w = random_weight(bits, s.hidden, columns, device=device)
-                calls.append(partial(linears_add_norm, wide, w, None, None, stream, norm, cut=cut))
+                calls.append(partial(linears_add, wide, w, None, None, x, cut=cut))
         case _:
-            calls = _expert_calls(s, kind, count, cut, device, sets, (x, stream, norm))
+            calls = _expert_calls(s, kind, count, cut, device, sets, x)
     return calls, size
 
 
@@ -133,10 +128,9 @@ def _read(s: Shape, kind: str, device: torch.device) -> tuple[Weight, ...]:
 
 
 def _expert_calls(
-    s: Shape, kind: str, count: int, cut: Cut, device: torch.device, sets: int, inputs: tuple[Tensor, Tensor, Norm]
+    s: Shape, kind: str, count: int, cut: Cut, device: torch.device, sets: int, stream: Tensor
 ) -> Calls:
-    x, stream, norm = inputs
-    width = s.latent or s.hidden
+    norm, width = norm_on(s.hidden, device), s.latent or s.hidden
     # Two layers of all experts are more than any second cache; which are chosen differs from call to call.
     layers = [moe_on(s, device) for _ in range(min(2, sets))]
     narrow = random_tokens(count, width, device)
@@ -150,32 +144,22 @@ def _expert_calls(
         match kind:
             case "front":
                 fresh = _replaced(w, s, device)
-                calls.append(partial(front, x, fresh, cut))
+                calls.append(partial(front, stream, fresh, cut))
             case "up":
                 calls.append(partial(up_products, narrow, ids, w.up, cut))
-            case "down" if s.latent:
-                arguments: tuple[Any, ...] = (
-                    hidden,
-                    ids,
-                    weights,
-                    w.down,
-                    torch.empty_like(narrow),
-                    w.tickets[GATE_TICKETS:],
-                    cut,
-                )
-                calls.append(partial(down_products, *arguments))
             case "down":
-                arguments = (hidden, ids, weights, w.down, torch.empty_like(stream), w.tickets[GATE_TICKETS:], cut)
-                tail = (stream, norm, torch.empty_like(stream))
-                second = (shared, random_weight(s.shared_bits, s.hidden, s.shared, device=device))
-                calls.append(partial(down_products, *arguments, shared=second, tail=tail))
+                call = partial(
+                    down_products, hidden, ids, weights, w.down, torch.empty_like(narrow), w.tickets, cut
+                )
+                second = None if s.latent else random_weight(s.shared_bits, s.hidden, s.shared, device=device)
+                calls.append(partial(call, ending=(shared, second, stream) if second else None))
             case "back":
                 out = random_weight(16, s.hidden, width, device=device)
                 second = random_weight(s.shared_bits, s.hidden, s.shared, device=device)
-                calls.append(partial(linears_add_norm, narrow, out, shared, second, stream, norm, cut=cut))
+                calls.append(partial(linears_add, narrow, out, shared, second, stream, cut=cut))
             case _:
                 other = random_tokens(count, s.hidden, device)
-                calls.append(partial(moe_add_norm, other, _replaced(w, s, device), stream, norm, cut=cut))
+                calls.append(partial(moe_add, other, norm, _replaced(w, s, device), cut=cut))
     return calls
 
 

@@ -19,7 +19,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -33,12 +32,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 import triton
 import triton.language as tl
-from gpu_inputs import CUDA, case_of, cases, norm_on, random_tokens, random_weight
+from gpu_inputs import CUDA, case_of, cases, random_tokens, random_weight
 from gpu_matvec_checks import check_chain, check_layers, check_products
 from gpu_report import Report, microseconds
 
 from nanoserve.kernels import triton_linear
-from nanoserve.kernels.triton_linear import linears_add_norm, products
+from nanoserve.kernels.triton_linear import linears_add, products
 from nanoserve.kernels.weight_launches import SHAPES, Shape
 from nanoserve.kernels.weight_tiles import Cut, Tile, fitted, tile_of
 
@@ -47,7 +46,7 @@ COLD = 256 << 20
 DENSE = ((4096, 2688), (256, 2688), (2688, 4096), (3712, 2688), (2688, 3712), (131072, 2688))
 """Rows and columns that `nanoserve bench --dense` times."""
 FIRST = [Tile(chunk=c, slots=s, stages=g) for s, c, g in product((1, 2, 4, 8), (64, 128, 256), (3, 4, 6))]
-"""Tiles tried at every shape; the best of them is varied further."""
+"""Tiles tried at every shape; the best of them is tried with more rows."""
 
 
 def fixed(tile: Tile) -> Cut:
@@ -146,7 +145,7 @@ def tune(report: Report, pool: ProcessPoolExecutor, ceiling: float) -> dict[tupl
         print_best(report, name, kind, size, found[name, kind], ceiling)
     if report.left() > 180:
         second = {
-            key: [other for tile in sorted(times, key=lambda t: times[t])[:2] for other in variants(tile, key[1])]
+            key: [replace(tile, rows=32) for tile in sorted(times, key=lambda t: times[t])[:2]]
             for key, times in found.items()
         }
         compile_all(pool, [(*key, 1, tile) for key, tiles in second.items() for tile in tiles])
@@ -154,14 +153,6 @@ def tune(report: Report, pool: ProcessPoolExecutor, ceiling: float) -> dict[tupl
             found[name, kind] |= time_tiles(report, SHAPES[name], kind, second[name, kind])[0]
             print_best(report, name, kind, size, found[name, kind], ceiling)
     return {key: min(times, key=lambda t: times[t]) for key, times in found.items() if times}
-
-
-def variants(tile: Tile, kind: str) -> Iterator[Tile]:
-    yield replace(tile, rows=32)
-    if kind in ("out_proj", "o_proj", "down", "back"):
-        yield replace(tile, fused=False)
-    if kind in ("out_proj", "o_proj", "back"):
-        yield from (replace(tile, parts=parts, slots=slots) for parts in (2, 4) for slots in (1, 2, 4))
 
 
 def print_best(
@@ -174,8 +165,8 @@ def print_best(
     everything = sorted(((us, asdict(t)) for t, us in times.items()), key=lambda row: row[0])
     line = (
         f"{name:9} {kind:8} {size / 1e6:6.1f} MB {us:7.2f} us {rate:5.2f} TB/s {100 * rate / ceiling:3.0f} %"
-        f"  rows {tile.rows} chunk {tile.chunk} slots {tile.slots} stages {tile.stages} parts {tile.parts}"
-        f" fused {tile.fused} | worst {everything[-1][0]:.2f}"
+        f"  rows {tile.rows} chunk {tile.chunk} slots {tile.slots} stages {tile.stages}"
+        f" | worst {everything[-1][0]:.2f}"
     )
     report.add(f"tiles {name} {kind}", {"MB": size / 1e6, "us": us, "all": everything}, line)
 
@@ -242,13 +233,13 @@ def time_many(report: Report) -> None:
 def time_launches(report: Report) -> None:
     """One small kernel after another."""
     x, weight = random_tokens(1, 512), torch.ones(512, device=CUDA)
-    us = microseconds([partial(triton_linear.add_norm, x, x, weight, 1e-5)] * 100)
-    back, norm = random_weight(4, 512, 512), norm_on(512)
-    tail = microseconds([partial(linears_add_norm, x, back, None, None, x, norm)] * 100)
+    us = microseconds([partial(triton_linear.norm, x, weight, 1e-5)] * 100)
+    back = random_weight(4, 512, 512)
+    tail = microseconds([partial(linears_add, x, back, None, None, x)] * 100)
     report.add(
         "launch",
-        {"add_norm": us, "linear_add_norm": tail},
-        f"small launches: {us:.2f} us, {tail:.2f} us with a product and a ticketed norm",
+        {"norm": us, "linear_add": tail},
+        f"small launches: {us:.2f} us, {tail:.2f} us with a product",
     )
 
 

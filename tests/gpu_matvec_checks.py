@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanoserve.kernels import fused, nvfp4, triton_experts, triton_linear
 from nanoserve.kernels.linear import Nvfp4
+from nanoserve.kernels.norm import norm as rms_norm
 from nanoserve.kernels.router import router
 from nanoserve.kernels.triton_linear import products
 from nanoserve.kernels.weight_launches import SHAPES
@@ -51,27 +52,23 @@ def relative(got: Tensor, want: Tensor) -> float:
 def check_layers(report: Report) -> None:
     for name, count in product(SHAPES, (1, 2, 8)):
         s = SHAPES[name]
-        w, x, stream, norm = (
-            moe_on(s),
-            random_tokens(count, s.hidden),
-            random_tokens(count, s.hidden),
-            norm_on(s.hidden),
-        )
+        w, stream, norm = moe_on(s), random_tokens(count, s.hidden), norm_on(s.hidden)
+        x = triton_linear.norm(stream, norm.weight, norm.eps)
         ids, _ = triton_experts.router(x, w.gate, w.bias, w.top_k, w.scale, True)
         want_ids, _ = router(x, w.gate, w.bias, w.top_k, w.scale, True)
-        want = fused.moe_add_norm(x, w, stream, norm)
-        got = triton_experts.moe_add_norm(x, w, stream, norm)
-        again = triton_experts.moe_add_norm(x, w, stream, norm)
+        want = fused.moe_add(stream, norm, w)
+        got = triton_experts.moe_add(stream, norm, w)
+        again = triton_experts.moe_add(stream, norm, w)
         row = {
             "same_choice": float((ids == want_ids).float().mean()),
-            "stream": relative(got[0], want[0]),
-            "normed": relative(got[1], want[1]),
-            "equal_twice": all(torch.equal(a, b) for a, b in zip(got, again, strict=True)),
-            "tickets": int(w.tickets.abs().sum() + norm.tickets.abs().sum()),
+            "norm": relative(x, rms_norm(stream, norm.weight, norm.eps)),
+            "stream": relative(got, want),
+            "equal_twice": torch.equal(got, again),
+            "tickets": int(w.tickets.abs().sum()),
         }
         back, mixed = random_weight(s.mamba_bits, s.hidden, s.inner), random_tokens(count, s.inner)
-        ended = triton_linear.linear_add_norm(mixed, back, stream, norm)
-        row["linear_add_norm"] = relative(ended[1], fused.linear_add_norm(mixed, back, stream, norm)[1])
+        ended = triton_linear.linear_add(mixed, back, stream)
+        row["linear_add"] = relative(ended, fused.linear_add(mixed, back, stream))
         report.add(f"moe {name} {count}", row, f"moe {name} {count} tokens: {row}")
 
 
@@ -84,15 +81,15 @@ def check_chain(report: Report) -> None:
     first = random_tokens(1, s.hidden)
 
     def chain(between: Callable[[], None]) -> Tensor:
-        stream, x = first, first
+        stream = first
         for into, out, mixture in zip(ins, outs, mixtures, strict=True):
-            (wide,) = products(x, (into,), BF16)
+            (wide,) = triton_linear.norm_linears(stream, norm, (into,))
             between()
-            stream, x = triton_linear.linear_add_norm(wide[:, : s.inner].contiguous(), out, stream, norm)
+            stream = triton_linear.linear_add(wide[:, : s.inner].contiguous(), out, stream)
             between()
-            stream, x = triton_experts.moe_add_norm(x, mixture, stream, norm)
+            stream = triton_experts.moe_add(stream, norm, mixture)
             between()
-        return x
+        return stream
 
     want = chain(torch.cuda.synchronize)
     graph = torch.cuda.CUDAGraph()

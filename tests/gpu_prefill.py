@@ -255,9 +255,9 @@ def time_rest(report: Report, sums: Sums, name: str) -> None:
     bias = torch.randn(s.experts, device=DEVICE) * 0.1
     arguments: tuple[Any, ...] = (x, gate, bias, s.top_k, 2.5, True)
     rows: list[tuple[str, dict[str, Callable[[], object]], int]] = [
-        ("add_norm", {"": partial(triton_linear.add_norm, x, delta, weight, 1e-5)}, mamba + moe + attention),
+        ("norm", {"": partial(triton_linear.norm, x, weight, 1e-5)}, mamba + moe + attention),
         ("relu2", {"": partial(relu2, shared)}, moe),
-        ("shared add", {"": partial(torch.add, x, delta)}, moe),
+        ("add", {"": partial(torch.add, x, delta)}, 2 * moe + mamba + attention),
         ("router", {"many": partial(router_many, *arguments), "torch": partial(router, *arguments)}, moe),
     ]
     for family, ways, layers in rows:

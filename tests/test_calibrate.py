@@ -219,12 +219,12 @@ def subject() -> Subject:
     ("work", "words"),
     [
         (crash, "its process ended with code 7"),
-        (fault, "ValueError: moe_add_norm on torch: no good"),
+        (fault, "ValueError: moe_add on torch: no good"),
         (trial.run_once, None),
     ],
 )
 def test_a_child_that_fails_takes_nothing_with_it(subject: Subject, work: trial.Work, words: str | None) -> None:
-    assert in_a_child(subject, "moe_add_norm", "torch", 1, work=work) == words
+    assert in_a_child(subject, "moe_add", "torch", 1, work=work) == words
 
 
 def test_only_others_kernels_are_tried_elsewhere(subject: Subject) -> None:
@@ -239,18 +239,18 @@ def test_only_others_kernels_are_tried_elsewhere(subject: Subject) -> None:
     assert "issue 5446" in told
 
 
-def once(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    return fused.moe_add_norm(x, w, stream, norm)
+def once(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
+    return fused.moe_add(stream, norm, w)
 
 
-def thrice(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    once(x, w, stream, norm)
-    once(x, w, stream, norm)
-    return once(x, w, stream, norm)
+def thrice(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
+    once(stream, norm, w)
+    once(stream, norm, w)
+    return once(stream, norm, w)
 
 
-def wrong(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    return fused.moe_add_norm(-x, w, stream, norm)
+def wrong(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
+    return fused.moe_add(-stream, norm, w)
 
 
 @pytest.mark.parametrize("names", [("thrice", "wrong", "once"), ("once", "wrong", "thrice")])
@@ -263,12 +263,12 @@ def test_of_backends_in_the_table_the_faster_is_kept(
         return None
 
     planted = {name: f"test_calibrate:{name}" for name in names}
-    row = {**planted, **table.BACKENDS["moe_add_norm"]}
-    monkeypatch.setattr(table, "BACKENDS", {**table.BACKENDS, "moe_add_norm": row})
+    row = {**planted, **table.BACKENDS["moe_add"]}
+    monkeypatch.setattr(table, "BACKENDS", {**table.BACKENDS, "moe_add": row})
     monkeypatch.setattr(table, "REQUIREMENTS", {**table.REQUIREMENTS, **dict.fromkeys(names, anywhere)})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ops = table.select(subject.device, subject.dtype, {}, subject.experts)
-    assert ops.backend("moe_add_norm") == names[0]
+    assert ops.backend("moe_add") == names[0]
     said: list[str] = []
 
     def key(s: Subject, candidates: tuple[str, ...]) -> Key:
@@ -278,7 +278,7 @@ def test_of_backends_in_the_table_the_faster_is_kept(
         chosen, result = calibrating.choose(subject, ops, {}, said.append, key, anew=False)
         assert result is not None
         assert (result.backend, result.kept) == ("once", kept)
-        report = next(row for row in chosen.report if row.op == "moe_add_norm")
+        report = next(row for row in chosen.report if row.op == "moe_add")
         assert report.backend == "once"
         assert "thrice" in report.reason
         assert "wrong excluded: differs" in report.reason

@@ -110,11 +110,11 @@ def test_a_plain_chip_is_seen_to_have_none() -> None:
     assert "e2m1x2" in plain.why
 
 
-def moe_with_a_wrong_sign(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    return fused.moe_add_norm(-x, w, stream, norm)
+def moe_with_a_wrong_sign(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
+    return fused.moe_add(-stream, norm, w)
 
 
-def moe_that_faults(x: Tensor, w: MoeWeights, stream: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+def moe_that_faults(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
     raise RuntimeError("an illegal memory access")
 
 
@@ -129,9 +129,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, function: str, *, first: bool) -> Non
     def anywhere(place: Place) -> Reason | None:
         return None
 
-    own, others = {"planted": f"test_doctor:{function}"}, table.BACKENDS["moe_add_norm"]
+    own, others = {"planted": f"test_doctor:{function}"}, table.BACKENDS["moe_add"]
     row = {**own, **others} if first else {**others, **own}
-    monkeypatch.setattr(table, "BACKENDS", {**table.BACKENDS, "moe_add_norm": row})
+    monkeypatch.setattr(table, "BACKENDS", {**table.BACKENDS, "moe_add": row})
     monkeypatch.setattr(table, "REQUIREMENTS", {**table.REQUIREMENTS, "planted": anywhere})
 
 
@@ -167,7 +167,7 @@ def test_a_planted_kernel_is_found(
     (row,) = [row for row in data["ops"] if row["backend"] == "planted"]
     assert (code, data["sound"], row["verdict"], row["chosen"]) == (1, False, verdict, True)
     assert main(["doctor", "--device", "cpu"]) == 1
-    assert "NOT SOUND: moe_add_norm on planted" in capsys.readouterr().out
+    assert "NOT SOUND: moe_add on planted" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("quick")

@@ -33,7 +33,7 @@ from nanoserve.step import prefill
 from nanoserve.weights import load, resolve
 
 CPU = torch.device("cpu")
-OWN = {"moe_add_norm": "triton", "experts_prefill": "triton", "experts_few": "triton"}
+OWN = {"moe_add": "triton", "experts_prefill": "triton", "experts_few": "triton"}
 DEFAULT = {**OWN, "experts_prefill": "cutlass"}
 GIB = 1 << 30
 SM12X = "flashinfer.fused_moe.cute_dsl.blackwell_sm12x"
@@ -57,13 +57,13 @@ def plan(name: ShapeName, backends: Mapping[str, str], available: int, fraction:
         # GB that stay free of 95 % of 24, 32, 96 and 128 GB (decimal); None where it does not fit
         ("nano", OWN, (2.6, 10.2, 71.0, 101.4)),
         ("nano", DEFAULT, (0.5, 8.1, 68.9, 99.3)),
-        ("nano", {**DEFAULT, "moe_add_norm": "w4a16"}, (0.5, 8.1, 68.9, 99.3)),
+        ("nano", {**DEFAULT, "moe_add": "w4a16"}, (0.5, 8.1, 68.9, 99.3)),
         ("lightning", OWN, (3.1, 10.7, 71.5, 101.9)),  # weight-only: it has no backend that quantises activations
-        ("lightning", {**OWN, "moe_add_norm": "w4a16"}, (1.2, 8.8, 69.6, 100.0)),
+        ("lightning", {**OWN, "moe_add": "w4a16"}, (1.2, 8.8, 69.6, 100.0)),
         ("super", OWN, (None, None, 14.3, 44.7)),
         ("super", DEFAULT, (None, None, 6.8, 37.2)),
-        ("super", {**DEFAULT, "moe_add_norm": "w4a16", "experts_few": "w4a16"}, (None, None, 6.8, 37.2)),
-        ("super", {**DEFAULT, "moe_add_norm": "b12x", "experts_few": "w4a16"}, (None, None, 6.7, 37.1)),
+        ("super", {**DEFAULT, "moe_add": "w4a16", "experts_few": "w4a16"}, (None, None, 6.8, 37.2)),
+        ("super", {**DEFAULT, "moe_add": "b12x", "experts_few": "w4a16"}, (None, None, 6.7, 37.1)),
     ],
 )
 def test_what_fits_which_card(
@@ -86,7 +86,7 @@ def test_scales_are_counted_once_more_and_no_weight_is() -> None:
     own, default = (plan("super", ops, 128 * 10**9) for ops in (OWN, DEFAULT))
     assert own.weights == default.weights
     assert (own.second_scales, default.second_scales) == (0, 40 * 512 * 2 * 2688 * 1024 // 16)
-    assert default.second_scales == plan("super", {**DEFAULT, "moe_add_norm": "b12x"}, 128 * 10**9).second_scales
+    assert default.second_scales == plan("super", {**DEFAULT, "moe_add": "b12x"}, 128 * 10**9).second_scales
     rows = dict(default.rows())
     assert rows["scales again"] == "7.05 GB swizzled"
     assert "scales again" not in dict(own.rows())
@@ -140,8 +140,8 @@ def watched(seen: list[str]) -> Ops:
         (PREFILL_FROM - 1, False, "experts_few"),
         (PREFILL_FROM, False, "experts_prefill"),
         (1, False, "experts_few"),
-        (1, True, "moe_add_norm"),
-        (8, True, "moe_add_norm"),
+        (1, True, "moe_add"),
+        (8, True, "moe_add"),
     ],
 )
 def test_which_experts_a_step_takes(tokens: int, decode: bool, op: str, span: Span) -> None:
@@ -158,7 +158,7 @@ def test_which_experts_a_step_takes(tokens: int, decode: bool, op: str, span: Sp
     )  # fmt: skip
     seen: list[str] = []
     x = torch.randn(tokens, hidden)
-    MoE(watched(seen), weights)(x, x, Norm.of(torch.ones(hidden), 1e-5), replace(span, decode=decode))
+    MoE(watched(seen), weights)(x, Norm(torch.ones(hidden), 1e-5), replace(span, decode=decode))
     assert seen == [op]
 
 
@@ -182,7 +182,7 @@ def test_the_workspace_of_w4a16_is_flashinfers(monkeypatch: pytest.MonkeyPatch) 
         parts = allocate(bucket, 1024, 2688, 512, 22, False, torch.device("meta"))
         total += sum(part.numel() * part.element_size() for part in parts)
     experts = Experts("nvfp4", True, "relu2", 512, 22, 1024, 2688, 40)
-    counted = expert_costs(experts, {**OWN, "moe_add_norm": "w4a16"}, 2048).workspace
+    counted = expert_costs(experts, {**OWN, "moe_add": "w4a16"}, 2048).workspace
     assert total <= counted < 1.1 * total
 
 
@@ -198,7 +198,7 @@ def test_the_workspace_of_b12x_is_flashinfers() -> None:
     }
     total = sum(part.untyped_storage().nbytes() for part in tensors.values())
     experts = Experts("nvfp4", True, "relu2", 512, 22, 1024, 2688, 40)
-    counted = expert_costs(experts, {**OWN, "moe_add_norm": "b12x"}, 2048).workspace
+    counted = expert_costs(experts, {**OWN, "moe_add": "b12x"}, 2048).workspace
     assert total <= counted < 1.1 * total
 
 

@@ -9,17 +9,14 @@ from nanoserve.kernels.attention import LayerKV, attention, kv_append
 from nanoserve.kernels.conv import conv
 from nanoserve.kernels.linear import Plain
 from nanoserve.kernels.moe import experts
-from nanoserve.kernels.norm import add_norm, gated_norm
+from nanoserve.kernels.norm import gated_norm, norm
 from nanoserve.kernels.router import router
 from nanoserve.kernels.ssm import SsmWeights, ssm_scan, ssm_step
 
 
-def test_add_norm_adds_then_normalises() -> None:
-    x, delta, weight = torch.randn(5, 24), torch.randn(5, 24), torch.randn(24)
-    total, normed = add_norm(x, delta, weight, 1e-5)
-    assert torch.equal(total, x + delta)
-    assert_close(normed, torch.nn.functional.rms_norm(total, (24,), weight, 1e-5))
-    assert torch.equal(add_norm(x, None, weight, 1e-5)[0], x)
+def test_norm_is_over_each_token() -> None:
+    x, weight = torch.randn(5, 24), torch.randn(24)
+    assert_close(norm(x, weight, 1e-5), torch.nn.functional.rms_norm(x, (24,), weight, 1e-5))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])

@@ -143,13 +143,11 @@ def test_what_is_chosen_on_a_card() -> None:
     rows = chosen(CARD)
     assert rows["experts_prefill"].backend == "cutlass"
     assert rows["linear_nvfp4"].backend == "triton"
-    assert rows["moe_add_norm"].backend == rows["experts_few"].backend == "triton"
-    others = dict(rows["moe_add_norm"].rejected)
+    assert rows["moe_add"].backend == rows["experts_few"].backend == "triton"
+    others = dict(rows["moe_add"].rejected)
     assert {name: reason.code for name, reason in others.items()} == dict.fromkeys(("w4a16", "b12x"), Code.BY_NAME)
     assert "5446" in str(others["b12x"])
-    assert "5446" not in str(
-        dict(chosen(replace(CARD, experts=replace(SUPER, count=128)))["moe_add_norm"].rejected)
-    )
+    assert "5446" not in str(dict(chosen(replace(CARD, experts=replace(SUPER, count=128)))["moe_add"].rejected))
     text = "\n".join(describe(tuple(rows.values())))
     assert "cutlass (the best that runs here; activations quantised to NVFP4): experts_prefill" in text
     assert "not w4a16: reads hidden values as float16" in text
@@ -174,7 +172,7 @@ def test_what_would_be_built_for_hours_is_not_chosen_but_can_be() -> None:
     assert chosen(bare, {"experts_prefill": "cutlass"})["experts_prefill"].backend == "cutlass"
 
 
-@pytest.mark.parametrize("op", ["moe_add_norm", "experts_few"])
+@pytest.mark.parametrize("op", ["moe_add", "experts_few"])
 @pytest.mark.parametrize("backend", ["w4a16", "b12x", "triton", "torch"])
 def test_each_is_taken_by_name(op: str, backend: str) -> None:
     row = chosen(CARD, {op: backend})[op]
@@ -186,8 +184,8 @@ def test_each_is_taken_by_name(op: str, backend: str) -> None:
     ("op", "backend", "place", "words"),
     [
         ("experts_prefill", "cutlass", replace(CARD, chip=(9, 0)), "this GPU has 9.0; able: triton, torch"),
-        ("moe_add_norm", "b12x", replace(CARD, experts=NANO), "2688 × 1856; able: triton, w4a16, torch"),
-        ("moe_add_norm", "cutlass", CARD, "has no backend 'cutlass'; it has triton, w4a16, b12x, torch"),
+        ("moe_add", "b12x", replace(CARD, experts=NANO), "2688 × 1856; able: triton, w4a16, torch"),
+        ("moe_add", "cutlass", CARD, "has no backend 'cutlass'; it has triton, w4a16, b12x, torch"),
         ("experts_few", "w4a16", Place("cpu", None, torch.bfloat16), "needs an NVIDIA GPU; able: torch"),
     ],
 )

@@ -1,12 +1,14 @@
 """Backends are resolved once, with reasons, and never to nothing."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from nanoserve.errors import BackendError
 from nanoserve.kernels import table
+from nanoserve.kernels.fused import Norm
 from nanoserve.kernels.linear import Plain
 from nanoserve.kernels.place import Code, Package, Place, Reason
 from nanoserve.kernels.table import BACKENDS, Resolution, describe, resolve, select
@@ -81,6 +83,26 @@ def test_linear_takes_the_op_of_the_weights_format() -> None:
     weight = Plain(torch.randn(3, 4))
     x = torch.randn(2, 4)
     torch.testing.assert_close(ops.linear(x, weight), x @ weight.data.T)
+
+
+@pytest.mark.parametrize(("backend", "seen"), [("torch", ["norm_linears"]), ("native", ["norm", "linear_plain"])])
+def test_a_projection_is_fused_with_its_norm_unless_its_linear_op_was_named(backend: str, seen: list[str]) -> None:
+    ops, called = select(CPU, torch.bfloat16, {}), list[str]()
+
+    def noted(name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            called.append(name)
+            return getattr(ops, name)(*arguments)
+
+        return call
+
+    report = tuple(replace(row, backend=backend) if row.op == "linear_plain" else row for row in ops.report)
+    own = {name: noted(name) for name in ("norm", "linear_plain", "norm_linears")}
+    x, norm, weight = torch.randn(2, 4), Norm(torch.randn(4), 1e-5), Plain(torch.randn(3, 4))
+    got = replace(ops, **own, report=report).project(x, norm, weight)
+    want = torch.nn.functional.rms_norm(x, (4,), norm.weight, norm.eps) @ weight.data.T
+    torch.testing.assert_close(got, want)
+    assert called == seen
 
 
 def test_triton_computes_on_bfloat16_alone() -> None:

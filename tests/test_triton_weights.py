@@ -80,41 +80,27 @@ def test_a_width_that_nothing_divides(form: str, count: int) -> None:
 @pytest.mark.parametrize("count", [1, 4, 20])
 def test_several_weights_of_other_formats_over_the_same_tokens(count: int) -> None:
     weights = (weight("nvfp4", 40, 96), weight("bf16", 7, 96), weight("fp8", 18, 96))
-    x = tokens(count, 96)
-    for got, want in zip(triton_linear.linears(x, weights), fused.linears(x, weights), strict=True):
+    arguments = tokens(count, 96), Norm(1 + 0.1 * torch.randn(96), 1e-5), weights
+    for got, want in zip(triton_linear.norm_linears(*arguments), fused.norm_linears(*arguments), strict=True):
         same(got, want)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("count", [1, 3, 18])
-def test_a_layers_end_adds_and_normalises(form: str, count: int) -> None:
-    """Also with programs that share a block's columns, one of which has none; and with a norm of its own."""
+def test_a_layers_end_adds_to_the_stream(form: str, count: int) -> None:
     w, x, stream = weight(form, 48, 80), tokens(count, 80), tokens(count, 48)
-    after = Norm.of(1 + 0.1 * torch.randn(48), 1e-5)
-    before = stream.clone()
-    want = fused.linear_add_norm(x, w, stream, after)
-    for tile in (Tile(slots=2, chunk=64), Tile(slots=1, chunk=64, parts=4), Tile(slots=2, parts=2, fused=False)):
-        for _ in range(2):  # the second launch finds the tickets as the first left them
-            got = triton_linear.linears_add_norm(x, w, None, None, stream, after, cut=always(tile))
-            for mine, theirs in zip(got, want, strict=True):
-                same(mine, theirs)
+    before, want = stream.clone(), fused.linear_add(x, w, stream)
+    for tile in (Tile(slots=2, chunk=64), Tile(slots=1, chunk=64)):
+        same(triton_linear.linears_add(x, w, None, None, stream, cut=always(tile)), want)
     assert torch.equal(stream, before)
-    assert not after.tickets.any()
 
 
 @pytest.mark.parametrize("count", [1, 2, 30])
-def test_add_norm_and_dense_layers(count: int) -> None:
-    x, delta, scale = tokens(count, 72), tokens(count, 72), 1 + 0.1 * torch.randn(72)
-    for add in (delta, None):
-        for mine, theirs in zip(
-            triton_linear.add_norm(x, add, scale, 1e-5), norm.add_norm(x, add, scale, 1e-5), strict=True
-        ):
-            same(mine, theirs)
-    up, down, after = weight("nvfp4", 112, 80), weight("nvfp4", 72, 112), Norm.of(scale, 1e-5)
-    y = tokens(count, 80)
-    got = triton_linear.mlp_add_norm(y, up, down, x, after)
-    for mine, theirs in zip(got, fused.mlp_add_norm(y, up, down, x, after), strict=True):
-        same(mine, theirs)
+def test_norm_and_dense_layers(count: int) -> None:
+    x, before = tokens(count, 80), Norm(1 + 0.1 * torch.randn(80), 1e-5)
+    same(triton_linear.norm(x, before.weight, before.eps), norm.norm(x, before.weight, before.eps))
+    up, down = weight("nvfp4", 112, 80), weight("nvfp4", 80, 112)
+    same(triton_linear.mlp_add(x, before, up, down), fused.mlp_add(x, before, up, down))
 
 
 @pytest.mark.parametrize("gate_type", [torch.float32, BF16])
@@ -152,7 +138,7 @@ def test_experts_that_tokens_share_or_choose_twice(form: str, count: int) -> Non
     same(triton_experts.experts(x, ids, weights, up, down), moe.experts(x, ids, weights, up, down))
 
 
-def moe_case(count: int, shared: str, latent: int | None) -> tuple[Tensor, MoeWeights, Tensor, Norm]:
+def moe_case(count: int, shared: str, latent: int | None) -> tuple[Tensor, Norm, MoeWeights]:
     hidden, experts, size = 48, 20, 32
     weights = MoeWeights(
         gate=torch.randn(experts, hidden) / 7,
@@ -168,32 +154,23 @@ def moe_case(count: int, shared: str, latent: int | None) -> tuple[Tensor, MoeWe
         latent_out=weight("fp8", hidden, latent) if latent else None,
         tickets=torch.zeros(fused.tickets(hidden), dtype=torch.int32),
     )
-    after = Norm.of(1 + 0.1 * torch.randn(hidden), 1e-5)
-    return tokens(count, hidden), weights, tokens(count, hidden), after
+    return tokens(count, hidden), Norm(1 + 0.1 * torch.randn(hidden), 1e-5), weights
 
 
 @pytest.mark.parametrize(("count", "shared", "latent"), [(1, "nvfp4", None), (3, "fp8", 32), (8, "bf16", None)])
 def test_a_mixture_of_experts_is_the_reference(count: int, shared: str, latent: int | None) -> None:
-    x, weights, stream, after = moe_case(count, shared, latent)
-    want = fused.moe_add_norm(x, weights, stream, after)
-    first = triton_experts.moe_add_norm(x, weights, stream, after)
-    again = triton_experts.moe_add_norm(x, weights, stream, after)
-    other = triton_experts.moe_add_norm(
-        x, weights, stream, after, cut=always(Tile(slots=4, chunk=64, parts=2, fused=False))
-    )
-    for mine, twice, third, theirs in zip(first, again, other, want, strict=True):
-        same(mine, theirs)
-        same(third, theirs)
-        assert torch.equal(mine, twice)
+    stream, before, weights = moe_case(count, shared, latent)
+    want = fused.moe_add(stream, before, weights)
+    first = triton_experts.moe_add(stream, before, weights)
+    same(first, want)
+    assert torch.equal(triton_experts.moe_add(stream, before, weights), first)
+    same(triton_experts.moe_add(stream, before, weights, cut=always(Tile(slots=4, chunk=64))), want)
     assert not weights.tickets.any()
-    assert not after.tickets.any()
 
 
 def test_many_tokens_take_the_reference() -> None:
-    x, weights, stream, after = moe_case(20, "nvfp4", None)
-    got = triton_experts.moe_add_norm(x, weights, stream, after)
-    for mine, theirs in zip(got, fused.moe_add_norm(x, weights, stream, after), strict=True):
-        assert torch.equal(mine, theirs)
+    case = moe_case(20, "nvfp4", None)
+    assert torch.equal(triton_experts.moe_add(*case), fused.moe_add(*case))
 
 
 @pytest.mark.parametrize(

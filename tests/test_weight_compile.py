@@ -6,8 +6,8 @@ A part of what `nanoserve doctor --compile` compiles: it has every shape, chip a
 import pytest
 from compiling import compiled
 
-FETCHING = {"linears_kernel", "linear_add_norm_kernel", "front_kernel", "gate_kernel"}
-OTHERS = {"up_kernel", "down_kernel", "choose_kernel", "add_norm_kernel", "gemm_kernel"}
+FETCHING = {"linears_kernel", "linear_add_kernel", "front_kernel", "gate_kernel"}
+OTHERS = {"up_kernel", "down_kernel", "choose_kernel", "norm_kernel", "gemm_kernel"}
 
 
 @pytest.mark.parametrize(
