@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nanoserve.kernels import nvrtc
@@ -151,3 +153,45 @@ def run(
     )  # fmt: skip
     if message is not None:
         raise Fault(message.decode())
+
+
+@dataclass(frozen=True, slots=True)
+class CpuKernel:
+    """What `nanoserve.kernels.nvrtc.Kernel` is on a card."""
+
+    machine: "Machine"
+    name: str
+    defines: Mapping[str, str]
+    threads: int
+    shared: int
+
+    def launch(self, blocks: int, arguments: ctypes.Structure, device: torch.device) -> None:
+        """Run it, as the machine is set."""
+        m = self.machine
+        run(
+            self.name, self.defines, arguments, m.blocks or blocks, self.threads, self.shared, m.tensors, m.late,
+            cluster=int(self.defines.get("CLUSTER", "1")), seed=m.seed,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Machine:
+    """Stands in for a card under the kernels' host side.
+
+    Attributes:
+        multiprocessors: that the host is told of.
+        blocks: of a launch; None for what the host asks for.
+        seed, tensors, late: of `run`.
+    """
+
+    multiprocessors: int = 3
+    blocks: int | None = None
+    seed: int = 0
+    tensors: Sequence[Tensor] = ()
+    late: Sequence[Tensor] = ()
+
+    def load(
+        self, name: str, defines: Mapping[str, str], threads: int, shared: int, device: torch.device
+    ) -> CpuKernel:
+        """In place of `nanoserve.kernels.nvrtc.load`."""
+        return CpuKernel(self, name, defines, threads, shared)
