@@ -2,8 +2,8 @@
 // without its functions of inline assembly, which are here (see cuda_on_cpu.py).
 //
 // What may come late comes late: copies to shared memory, and what the launch in front wrote, only when nobody can go
-// on without; an odd seed lets copies come at once. A seed other than 0 also changes who runs first. Memory that
-// nobody wrote holds NaN. What a GPU leaves undefined is a fault where it is seen here.
+// on without; an odd seed lets copies come at once. A seed above 1 also draws who runs first. Memory that nobody wrote
+// holds NaN. What a GPU leaves undefined is a fault where it is seen here.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -51,7 +51,7 @@ struct Fiber {
   const char* waits;  // for what
   dim3 thread, block;
   int rank;  // of the block in its cluster
-  unsigned priority, cluster_phase;
+  unsigned cluster_phase;
   bool begun, arrived;  // arrived: at the cluster's barrier, and has not waited
 };
 struct Queue { Fiber *first, *last; };
@@ -87,10 +87,12 @@ struct Array { const char* name; size_t at, bytes; };
 
 static Block* blocks[MOST_BLOCKS];
 static Fiber *fibers, *now;
-static Fiber** ring;
+static Queue lanes_of[MOST_BLOCKS * MOST_WARPS];  // that can go on
+static int ready[MOST_BLOCKS * MOST_WARPS], ready_count, running;  // warps that have such lanes, and who runs
+static unsigned priority[MOST_BLOCKS * MOST_WARPS];
+static bool apart;
 static byte* stacks;
 static size_t fiber_room;
-static size_t head, tail, room;
 static jmp_buf scheduler, outside;
 static dim3 grid, block_size;
 static int cluster;
@@ -126,28 +128,48 @@ static unsigned roll(unsigned below) {
 }
 static Block& own() { return *blocks[now->rank]; }
 
-static void go(Fiber* f) { ring[tail++ % room] = f; }
+static void append(Queue& q, Fiber* f) {
+  f->next = nullptr;
+  if (q.first) q.last->next = f;
+  else q.first = f;
+  q.last = f;
+}
+static int warp_of(const Fiber* f) { return f->rank * MOST_WARPS + (int)(f->thread.x / 32); }
+static void go(Fiber* f) {
+  const int warp = warp_of(f);
+  if (!lanes_of[warp].first && warp != running) ready[ready_count++] = warp;
+  append(lanes_of[warp], f);
+}
+// A warp's lanes follow one another, as nearly as a GPU keeps them together; unless they are to be apart.
 static Fiber* next_fiber() {
-  if (seed > 1) {  // of a few, who has the highest priority
-    size_t best = head + roll((unsigned)(tail - head));
-    for (int i = 0; i < 3; ++i) {
-      size_t other = head + roll((unsigned)(tail - head));
-      if (ring[other % room]->priority > ring[best % room]->priority) best = other;
+  if (running >= 0 && lanes_of[running].first && apart) ready[ready_count++] = running;
+  if (running < 0 || !lanes_of[running].first || apart) {
+    running = -1;
+    if (!ready_count) return nullptr;
+    int best = 0;
+    if (seed > 1) {  // of a few, which has the highest priority
+      best = (int)roll((unsigned)ready_count);
+      for (int i = 0; i < 2; ++i) {
+        int other = (int)roll((unsigned)ready_count);
+        if (priority[ready[other]] > priority[ready[best]]) best = other;
+      }
     }
-    Fiber* f = ring[best % room];
-    ring[best % room] = ring[head % room];
-    ring[head % room] = f;
+    running = ready[best];
+    --ready_count;
+    if (seed > 1) ready[best] = ready[ready_count];
+    else memmove(ready, ready + 1, sizeof(int) * (size_t)ready_count);
   }
-  return ring[head++ % room];
+  Queue& q = lanes_of[running];
+  Fiber* f = q.first;
+  q.first = f->next;
+  return f;
 }
 static void leave() {
   if (!_setjmp(now->jump)) _longjmp(scheduler, 1);
 }
 static void stay(Queue& q, const char* what) {  // until somebody wakes the queue
-  now->next = nullptr, now->waits = what;
-  if (q.first) q.last->next = now;
-  else q.first = now;
-  q.last = now;
+  now->waits = what;
+  append(q, now);
   leave();
 }
 static void wake(Queue& q) {
@@ -268,7 +290,8 @@ static byte* dynamic_array() { return own().memory + STATIC; }
 
 static void run_cluster(int first) {
   const int threads = (int)block_size.x, all = cluster * threads;
-  head = tail = 0, room = (size_t)all;
+  ready_count = 0, running = -1;
+  memset(lanes_of, 0, sizeof lanes_of);
   cluster_phase = cluster_count = 0, cluster_size = (unsigned)all;
   cluster_waiting = producer_waiting = {};
   produced = false;
@@ -282,18 +305,18 @@ static void run_cluster(int first) {
     memset(&b, 0, sizeof b);
     b.memory = memory, b.live = threads;
     memset(memory, 0xFF, STATIC + dynamic + GUARD);
-    unsigned priority = 0;
+    for (int w = 0; w < MOST_WARPS; ++w) priority[r * MOST_WARPS + w] = roll(1000);
     for (int t = 0; t < threads; ++t) {
       Fiber& f = fibers[r * threads + t];
-      if (t % 32 == 0) priority = roll(1000);
-      f.begun = f.arrived = false, f.waits = nullptr, f.priority = priority, f.rank = r;
+      f.begun = f.arrived = false, f.waits = nullptr, f.rank = r;
       f.thread = {(unsigned)t, 0, 0}, f.block = {(unsigned)(first + r), 0, 0};
       go(&f);
     }
   }
   for (;;) {
-    while (head != tail) {
+    for (;;) {
       now = next_fiber();
+      if (!now) break;
       if (_setjmp(scheduler)) continue;
       if (now->begun) _longjmp(now->jump, 1);
       now->begun = true;
@@ -304,7 +327,6 @@ static void run_cluster(int first) {
       makecontext(&now->context, fiber_main, 0);
       setcontext(&now->context);
     }
-    now = nullptr;
     if (!nothing_runs()) break;
   }
   for (int i = 0; i < all; ++i)
@@ -321,13 +343,11 @@ static void run_cluster(int first) {
   if (late_count && !produced) fault("nobody waited for the launch in front");
 }
 
-template <class A> static void call_with(void (*)(A));
-
-static const char* launch(int count, int threads, int bytes, int in_cluster, unsigned with_seed, const Range* tensors,
-                          int tensor_count, const Range* from_front, int front_count) {
+static const char* launch(int count, int threads, int bytes, int in_cluster, unsigned with_seed, bool lanes_apart,
+                          const Range* tensors, int tensor_count, const Range* from_front, int front_count) {
   now = nullptr;
   grid = {(unsigned)count, 1, 1}, block_size = {(unsigned)threads, 1, 1};
-  cluster = in_cluster, dynamic = (size_t)bytes, seed = with_seed, dice = 88172645463325252ull + with_seed * 7919ull;
+  cluster = in_cluster, dynamic = (size_t)bytes, seed = with_seed, apart = lanes_apart, dice = 88172645463325252ull + with_seed * 7919ull;
   known = tensors, known_count = tensor_count, late = from_front, late_count = front_count;
   array_count = 0, array_end = 0;
   volatile int done = 0;
@@ -339,8 +359,8 @@ static const char* launch(int count, int threads, int bytes, int in_cluster, uns
     const size_t all = (size_t)cluster * (size_t)threads;
     if (all > fiber_room) {
       if (stacks) munmap(stacks, fiber_room * STACK);
-      free(fibers), free(ring);
-      fibers = (Fiber*)calloc(all, sizeof(Fiber)), ring = (Fiber**)calloc(all, sizeof(Fiber*));
+      free(fibers);
+      fibers = (Fiber*)calloc(all, sizeof(Fiber));
       stacks = (byte*)mmap(nullptr, all * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       fiber_room = all;
     }

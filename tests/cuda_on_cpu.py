@@ -27,11 +27,11 @@ OPTIONS = (
 ENTRY = """
 static void call_kernel() {{ machine_call({name}); }}
 extern "C" const char* run_on_cpu(const void* arguments, size_t size, int blocks, int threads, int bytes, int cluster,
-                                  unsigned seed, const machine::Range* known, int known_count,
+                                  unsigned seed, int apart, const machine::Range* known, int known_count,
                                   const machine::Range* late, int late_count) {{
   if (size != machine_size({name})) return "the arguments have another size than the host's";
   machine::kernel_call = call_kernel, machine::kernel_arguments = arguments;
-  return machine::launch(blocks, threads, bytes, cluster, seed, known, known_count, late, late_count);
+  return machine::launch(blocks, threads, bytes, cluster, seed, apart, known, known_count, late, late_count);
 }}
 """
 
@@ -129,6 +129,7 @@ def run(
     late: Sequence[Tensor] = (),
     cluster: int = 1,
     seed: int = 0,
+    apart: bool = False,
     text: str | None = None,
 ) -> None:
     """Launch a kernel.
@@ -141,6 +142,7 @@ def run(
         tensors: all memory that ``arguments`` point to; copies and loads past L1 must be of it.
         late: those of them that the launch in front writes: NaN until the kernel has waited for that.
         seed: who runs first, and when copies come; see cuda_on_cpu.h.
+        apart: a warp's lanes do not wait for one another where nothing says so.
         text: another source than the file's.
 
     Raises:
@@ -148,7 +150,7 @@ def run(
     """
     library = _library(name, tuple(defines.items()), text if text is not None else source(name))
     message: bytes | None = library.run_on_cpu(
-        ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments)), blocks, threads, shared, cluster, seed,
+        ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments)), blocks, threads, shared, cluster, seed, apart,
         _ranges(tensors), len(tensors), _ranges(late), len(late),
     )  # fmt: skip
     if message is not None:
@@ -170,7 +172,7 @@ class CpuKernel:
         m = self.machine
         run(
             self.name, self.defines, arguments, m.blocks or blocks, self.threads, self.shared, m.tensors, m.late,
-            cluster=int(self.defines.get("CLUSTER", "1")), seed=m.seed,
+            cluster=int(self.defines.get("CLUSTER", "1")), seed=m.seed, apart=m.apart,
         )  # fmt: skip
 
 
@@ -181,12 +183,13 @@ class Machine:
     Attributes:
         multiprocessors: that the host is told of.
         blocks: of a launch; None for what the host asks for.
-        seed, tensors, late: of `run`.
+        seed, apart, tensors, late: of `run`.
     """
 
     multiprocessors: int = 3
     blocks: int | None = None
     seed: int = 0
+    apart: bool = False
     tensors: Sequence[Tensor] = ()
     late: Sequence[Tensor] = ()
 
