@@ -1,7 +1,9 @@
 """cuda/products.cu on a CPU, against sums in float64."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ CUTS = (Cut(2, 4), Cut(1, 3), Cut(4, 4), Cut(1, 2), Cut(2, 6), Cut(4, 12), Cut(2
 TARGETS: tuple[To, ...] = ("FLOAT", "BF16", "SQUARED", "STREAM")
 NEXT = count()
 EPS = 1e-5
+EIGHTS = (2, 4) if hasattr(Part, "eights") else ()
+"""Of rows that are one job, beside one."""
 
 
 @pytest.fixture
@@ -197,6 +201,12 @@ def check(
     return want_ids, want_weights
 
 
+def tall(part: Part, eights: int) -> Part:
+    """A part whose jobs have so many eights of rows."""
+    change: dict[str, Any] = {"eights": eights}
+    return replace(part, **change)
+
+
 SINGLE = [
     *((4, columns) for columns in (64, 192, 320, 448, 1024, 1856)),
     *((8, columns) for columns in (64, 192, 320, 448, 1024, 3072)),
@@ -213,6 +223,23 @@ def test_a_matrix(machine: Machine, bits: int, columns: int) -> None:
     rows = 108 if bits == 4 else 107  # scales of a last tile's rows must be whole sixteens of bytes
     plan = Plan((Part(bits, rows, columns, to=to),), (Vector(bits, columns, normed=normed),))
     check(machine, plan, cut, addend=to == "STREAM" and at % 2 == 0)
+
+
+@pytest.mark.parametrize("eights", EIGHTS)
+@pytest.mark.parametrize(("bits", "columns"), [(4, 448), (8, 320), (16, 64), (16, 1536), (32, 192)])
+def test_a_matrix_of_tall_jobs(machine: Machine, bits: int, columns: int, eights: int) -> None:
+    plan = Plan((tall(Part(bits, 108, columns, to="STREAM"), eights),), (Vector(bits, columns),))
+    check(machine, plan, Cut(2, 4), addend=True)
+
+
+@pytest.mark.parametrize("eights", EIGHTS)
+def test_parts_of_tall_jobs(machine: Machine, eights: int) -> None:
+    """Of experts, next to a matrix of jobs that are less tall; and their sum."""
+    up = tall(Part(4, 52, 192, to="SQUARED", copies=3), eights)
+    vectors = (Vector(4, 192, normed=True), Vector(8, 320, source=1))
+    check(machine, Plan((Part(8, 50, 320, vector=1), up), vectors, Router(24, 3, True, True)), Cut(2, 6))
+    down = tall(Part(4, 84, 448, to="STREAM", copies=5, summed=True), eights)
+    check(machine, Plan((down,), (Vector(4, 448, copies=5),), Router(24, 5, True, False)), Cut(2, 4), addend=True)
 
 
 @pytest.mark.parametrize("addend", [False, True])
@@ -308,3 +335,12 @@ def test_summed_experts(machine: Machine, bits: int, columns: int, top_k: int, c
         Router(24, top_k, True, False),
     )
     check(machine, plan, cut, addend=columns % 128 == 64)
+
+
+@pytest.mark.xfail(strict=False, reason="a lane of produce() may miss a phase: __syncwarp() is wanted before a refill")
+@pytest.mark.parametrize("cut", [Cut(2, 6), Cut(2, 4)])
+def test_lanes_do_not_count_on_one_another(machine: Machine, cut: Cut) -> None:
+    machine.apart = True
+    check(machine, Plan((Part(32, 107, 1024, to="FLOAT"),), (Vector(32, 1024),)), cut)
+    experts = Part(4, 44, 192, to="STREAM", copies=6, summed=True)
+    check(machine, Plan((experts,), (Vector(4, 192, copies=6),), Router(24, 6, True, False)), cut)

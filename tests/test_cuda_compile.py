@@ -1,0 +1,119 @@
+"""The kernels of CUDA C++ compile for every chip at released shapes, fit it, and keep nothing on the stack."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: CUDA C++ is not compiled here")
+
+from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+
+try:
+    load_nvidia_dynamic_lib("nvrtc")
+except DynamicLibNotFoundError:
+    pytest.skip("nvidia-cuda-nvrtc is not installed: CUDA C++ is not compiled here", allow_module_level=True)
+
+from nanoserve.kernels import cuda_mamba, nvrtc
+from nanoserve.kernels.chips import capability, shared_limit
+from nanoserve.kernels.cubin import resources
+from nanoserve.kernels.cuda_products import Cut, Part, Plan, Router, Vector
+from nanoserve.kernels.weight_launches import SHAPES, Shape
+
+CHIPS = ("sm_90", "sm_120", "sm_121")
+STATIC = 1024
+"""Bytes of shared memory that the machine itself takes of each block; a block's limit is without them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A launch of products.cu, as it is compiled."""
+
+    name: str
+    plan: Plan
+    cut: Cut
+
+
+def plans(shape: Shape) -> dict[str, Plan]:
+    """The launches of a released model's layers for one token."""
+    s, latent = shape, shape.latent or shape.hidden
+    gate = 8 * s.gate.itemsize
+    router = Router(s.experts, s.top_k, True, True)
+    before = Router(s.experts, s.top_k, True, False)
+    norm = Vector(s.shared_bits, s.hidden, normed=True)
+    front = [Part(gate, s.experts, s.hidden, 1, "FLOAT"), Part(s.shared_bits, s.shared, s.hidden, 0, "SQUARED")]
+    vectors = [norm, Vector(gate, s.hidden, normed=True)]
+    if s.latent:
+        front.append(Part(16, s.latent, s.hidden, 1 if gate == 16 else 2))
+        vectors += [] if gate == 16 else [Vector(16, s.hidden, normed=True)]
+    shared_down = Part(s.shared_bits, s.hidden, s.shared, 1)
+    up = Part(4, s.size, latent, 0, "SQUARED", s.top_k)
+    down = Part(4, latent, s.size, 0, "BF16" if s.latent else "STREAM", s.top_k, True)
+    made = {
+        "in": Plan((Part(s.mamba_bits, s.projected, s.hidden),), (Vector(s.mamba_bits, s.hidden, normed=True),)),
+        "out": Plan((Part(s.mamba_bits, s.hidden, s.inner, to="STREAM"),), (Vector(s.mamba_bits, s.inner),)),
+        "qkv": Plan(
+            (Part(16, s.heads, s.hidden), Part(16, s.kv, s.hidden), Part(16, s.kv, s.hidden)),
+            (Vector(16, s.hidden, normed=True),),
+        ),
+        "o": Plan((Part(16, s.hidden, s.heads, to="STREAM"),), (Vector(16, s.heads),)),
+        "front": Plan(tuple(front), tuple(vectors)),
+        "up": Plan(
+            (shared_down, up), (Vector(4, latent, normed=not s.latent), Vector(s.shared_bits, s.shared, 1)), router
+        ),
+        "down": Plan((down,), (Vector(4, s.size, copies=s.top_k),), before),
+        "head": Plan(
+            (Part(s.head_bits, s.vocab, s.hidden, to="FLOAT"),), (Vector(s.head_bits, s.hidden, normed=True),)
+        ),
+    }
+    if s.latent:
+        made["latent_out"] = Plan((Part(16, s.hidden, s.latent, to="STREAM"),), (Vector(16, s.latent),))
+    return made
+
+
+def variants(shape: Shape, architecture: str) -> Iterator[Variant]:
+    """Each launch as it is cut for a chip: so that two share a multiprocessor, if they can."""
+    whole = shared_limit(architecture)
+    for name, plan in plans(shape).items():
+        fitting = [
+            Cut(groups, stages)
+            for most in ((whole + STATIC) // 2 - STATIC, whole)
+            for groups, stages in ((2, 6), (2, 4), (2, 2), (1, 2), (1, 1))
+            if plan.shared(Cut(groups, stages)) <= most
+        ]
+        assert fitting, (architecture, name)
+        yield Variant(name, plan, fitting[0])
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Compiled anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("architecture", CHIPS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_fit_the_chip(shape: str, architecture: str) -> None:
+    for variant in variants(SHAPES[shape], architecture):
+        shared = variant.plan.shared(variant.cut)
+        code = nvrtc.compiled("products.cu", capability(architecture), variant.plan.defines(variant.cut))
+        (kernel,) = resources(code)
+        assert kernel.stack == 0, (variant.name, kernel)
+        assert kernel.shared <= STATIC, (variant.name, kernel)  # the rest is dynamic
+        assert shared <= shared_limit(architecture), (variant.name, shared)
+        assert kernel.registers * variant.cut.threads <= 65536, (variant.name, kernel)
+
+
+@pytest.mark.parametrize("architecture", CHIPS)
+@pytest.mark.parametrize(("heads", "groups"), [(64, 8), (128, 8)])
+def test_mamba_fits_the_chip(heads: int, groups: int, architecture: str) -> None:
+    """The released models' heads, of 64 rows each."""
+    defines = {
+        "HEADS": str(heads), "SIZE": "64", "STATES": str(cuda_mamba.STATES), "HEAD_GROUPS": str(groups),
+        "CLUSTER": str(cuda_mamba.cluster_of(heads * 64 // groups)),
+    }  # fmt: skip
+    (kernel,) = resources(nvrtc.compiled("mamba.cu", capability(architecture), defines))
+    assert kernel.stack == 0, kernel
+    assert kernel.shared <= shared_limit(architecture)
+    assert kernel.registers * cuda_mamba.WARPS * 32 <= 65536, kernel
