@@ -1,9 +1,9 @@
-// What kernels of CUDA C++ take from the machine, on a CPU: threads are fibers. A kernel's source stands behind this,
-// without its functions of inline assembly, which are here (see cuda_on_cpu.py).
+// What kernels of CUDA C++ take from the machine, on a CPU: threads are fibers. A kernel's source stands behind
+// this, without its functions of inline assembly, which are here (see cuda_on_cpu.py).
 //
-// What may come late comes late: copies to shared memory, and what the launch in front wrote, only when nobody can go
-// on without; an odd seed lets copies come at once. A seed above 1 also draws who runs first. Memory that nobody wrote
-// holds NaN. What a GPU leaves undefined is a fault where it is seen here.
+// What may come late comes late: copies to shared memory, and what the launch in front wrote, only when nobody can
+// go on without; an odd seed lets copies come at once. A seed above 1 also draws who runs first. Memory that nobody
+// wrote holds NaN. What a GPU leaves undefined is a fault where it is seen here.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -338,7 +338,8 @@ static void run_cluster(int first) {
     for (int i = 0; i < blocks[r]->barrier_count; ++i)
       if (blocks[r]->barriers[i].first) fault("block %d ended before its copies", first + r);
     for (size_t i = 0; i < GUARD; ++i)
-      if (blocks[r]->memory[STATIC + dynamic + i] != 0xFF) fault("block %d wrote past its shared memory", first + r);
+      if (blocks[r]->memory[STATIC + dynamic + i] != 0xFF)
+        fault("block %d wrote past its shared memory", first + r);
   }
   if (late_count && !produced) fault("nobody waited for the launch in front");
 }
@@ -347,7 +348,8 @@ static const char* launch(int count, int threads, int bytes, int in_cluster, uns
                           const Range* tensors, int tensor_count, const Range* from_front, int front_count) {
   now = nullptr;
   grid = {(unsigned)count, 1, 1}, block_size = {(unsigned)threads, 1, 1};
-  cluster = in_cluster, dynamic = (size_t)bytes, seed = with_seed, apart = lanes_apart, dice = 88172645463325252ull + with_seed * 7919ull;
+  cluster = in_cluster, dynamic = (size_t)bytes, seed = with_seed, apart = lanes_apart;
+  dice = 88172645463325252ull + with_seed * 7919ull;
   known = tensors, known_count = tensor_count, late = from_front, late_count = front_count;
   array_count = 0, array_end = 0;
   volatile int done = 0;
@@ -355,7 +357,8 @@ static const char* launch(int count, int threads, int bytes, int in_cluster, uns
   for (int i = 0; i < late_count; ++i) saved[i] = (byte*)malloc(late[i].bytes);
   const char* volatile result = nullptr;
   if (_setjmp(outside) == 0) {
-    if (cluster > MOST_BLOCKS || count % cluster || threads % 32 || threads > 32 * MOST_WARPS) fault("no such launch");
+    if (cluster > MOST_BLOCKS || count % cluster || threads % 32 || threads > 32 * MOST_WARPS)
+      fault("no such launch");
     const size_t all = (size_t)cluster * (size_t)threads;
     if (all > fiber_room) {
       if (stacks) munmap(stacks, fiber_room * STACK);
@@ -554,14 +557,16 @@ inline void cluster_arrive() {
 }
 inline void cluster_wait() {
   if (!machine::now->arrived) machine::fault("cluster_wait without cluster_arrive");
-  while (machine::cluster_phase == machine::now->cluster_phase) machine::stay(machine::cluster_waiting, "cluster_wait");
+  while (machine::cluster_phase == machine::now->cluster_phase)
+    machine::stay(machine::cluster_waiting, "cluster_wait");
   machine::now->arrived = false;
 }
 inline void store_at(float* in_shared, int block, float v) {
   if (block < 0 || block >= machine::cluster) machine::fault("a store to block %d of the cluster", block);
   if (!machine::in_shared(in_shared, 4)) machine::fault("a store out of shared memory");
   machine::Block& other = *machine::blocks[block];
-  if (!other.begun || !other.live) machine::fault("a store to a block that %s", other.begun ? "ended" : "has not begun");
+  if (!other.begun || !other.live)
+    machine::fault("a store to a block that %s", other.begun ? "ended" : "has not begun");
   memcpy(other.memory + ((machine::byte*)in_shared - machine::own().memory), &v, 4);
 }
 

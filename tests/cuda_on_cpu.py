@@ -21,14 +21,15 @@ from nanoserve.kernels import nvrtc
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
 HAS_COMPILER = shutil.which("g++") is not None
 OPTIONS = (
-    "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE",
-    "-ftrivial-auto-var-init=pattern", "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all",
+    "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off",
+    "-U_FORTIFY_SOURCE", "-ftrivial-auto-var-init=pattern", "-fsanitize=alignment,bounds",
+    "-fno-sanitize-recover=all",
 )  # fmt: skip
 ENTRY = """
 static void call_kernel() {{ machine_call({name}); }}
-extern "C" const char* run_on_cpu(const void* arguments, size_t size, int blocks, int threads, int bytes, int cluster,
-                                  unsigned seed, int apart, const machine::Range* known, int known_count,
-                                  const machine::Range* late, int late_count) {{
+extern "C" const char* run_on_cpu(const void* arguments, size_t size, int blocks, int threads, int bytes,
+                                  int cluster, unsigned seed, int apart, const machine::Range* known,
+                                  int known_count, const machine::Range* late, int late_count) {{
   if (size != machine_size({name})) return "the arguments have another size than the host's";
   machine::kernel_call = call_kernel, machine::kernel_arguments = arguments;
   return machine::launch(blocks, threads, bytes, cluster, seed, apart, known, known_count, late, late_count);
@@ -44,9 +45,10 @@ class _Range(ctypes.Structure):
     _fields_ = [("at", ctypes.c_void_p), ("bytes", ctypes.c_size_t)]
 
 
-def source(name: str) -> str:
+@cache
+def for_cpu(text: str) -> str:
     """A kernel's source for g++: without functions of inline assembly, and with shared memory a block's own."""
-    text = "".join(part for part in _definitions(nvrtc.source(name)) if not re.search(r"\basm\b", part))
+    text = "".join(part for part in _definitions(text) if not re.search(r"\basm\b", part))
     text = re.sub(
         r"extern\s+__shared__\s+(?:__align__\(\w+\)\s+)?(\w+)\s+(\w+)\[\];",
         r"\1* const \2 = (\1*)machine::dynamic_array();",
@@ -148,10 +150,10 @@ def run(
     Raises:
         Fault: the kernel does what a GPU leaves undefined, or never ends.
     """
-    library = _library(name, tuple(defines.items()), text if text is not None else source(name))
+    library = _library(name, tuple(defines.items()), for_cpu(text or nvrtc.source(name)))
     message: bytes | None = library.run_on_cpu(
-        ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments)), blocks, threads, shared, cluster, seed, apart,
-        _ranges(tensors), len(tensors), _ranges(late), len(late),
+        ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments)), blocks, threads, shared, cluster, seed,
+        apart, _ranges(tensors), len(tensors), _ranges(late), len(late),
     )  # fmt: skip
     if message is not None:
         raise Fault(message.decode())

@@ -25,6 +25,9 @@ CHIPS = ("sm_90", "sm_120", "sm_121")
 STATIC = 1024
 """Bytes of shared memory that the machine itself takes of each block; a block's limit is without them."""
 
+NO_ROOM = {(22, "down", 12)}
+"""Chosen experts, launch and major number: 22 vectors of 2688 alone are 121 KiB, which no block of SM12x has."""
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:
@@ -78,12 +81,15 @@ def variants(shape: Shape, architecture: str) -> Iterator[Variant]:
     for name, plan in plans(shape).items():
         fitting = [
             Cut(groups, stages)
+            for cuts in (((2, 6), (2, 4), (2, 2)), ((1, 2), (1, 1)))
             for most in ((whole + STATIC) // 2 - STATIC, whole)
-            for groups, stages in ((2, 6), (2, 4), (2, 2), (1, 2), (1, 1))
+            for groups, stages in cuts
             if plan.shared(Cut(groups, stages)) <= most
         ]
-        assert fitting, (architecture, name)
-        yield Variant(name, plan, fitting[0])
+        if fitting:
+            yield Variant(name, plan, fitting[0])
+        else:
+            assert (shape.top_k, name, capability(architecture)[0]) in NO_ROOM, name
 
 
 @pytest.fixture(autouse=True)

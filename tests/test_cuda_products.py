@@ -82,9 +82,9 @@ def bf16(values: Tensor) -> Tensor:
     return values.float().bfloat16().double()
 
 
-def expected(plan: Plan, weights: tuple[Weight, ...], inputs: Inputs, choice: tuple[list[int], Tensor]) -> Iterator[
-    tuple[Tensor, Tensor]
-]:
+def expected(
+    plan: Plan, weights: tuple[Weight, ...], inputs: Inputs, choice: tuple[list[int], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each part (results, how far off they may be), float64."""
     ids, chosen = choice
     for part, matrix in zip(plan.parts, weights, strict=True):
@@ -291,7 +291,12 @@ def test_single_stages_of_three_parts(machine: Machine, cut: Cut) -> None:
     )
 
 
-CHOICES = [(128, 6, True, Cut(2, 4)), (512, 22, True, Cut(1, 3)), (8, 2, False, Cut(4, 4)), (40, 32, True, Cut(1, 2))]
+CHOICES = [
+    (128, 6, True, Cut(2, 4)),
+    (512, 22, True, Cut(1, 3)),
+    (8, 2, False, Cut(4, 4)),
+    (40, 32, True, Cut(1, 2)),
+]
 
 
 @pytest.mark.parametrize(("experts", "top_k", "normalize", "cut"), CHOICES)
@@ -337,7 +342,9 @@ def test_summed_experts(machine: Machine, bits: int, columns: int, top_k: int, c
     check(machine, plan, cut, addend=columns % 128 == 64)
 
 
-@pytest.mark.xfail(strict=False, reason="a lane of produce() may miss a phase: __syncwarp() is wanted before a refill")
+@pytest.mark.xfail(
+    strict=False, reason="a lane of produce() may miss a phase: __syncwarp() is wanted before a refill"
+)
 @pytest.mark.parametrize("cut", [Cut(2, 6), Cut(2, 4)])
 def test_lanes_do_not_count_on_one_another(machine: Machine, cut: Cut) -> None:
     machine.apart = True
