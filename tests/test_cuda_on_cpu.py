@@ -38,7 +38,6 @@ MEET = """
 BODIES = {
     "waits for ever": COPY.replace("expect(barrier, 128)", "expect(barrier, 144)"),
     "before its copies": COPY.replace("wait_phase(barrier, 0);", "").replace("x[t]", "0"),
-    "not announced": COPY.replace("expect(barrier, 128)", "expect(barrier, 0)"),
     "more arrive": COPY.replace(
         "  wait_phase", "  if (t == 1) arrive(barrier), arrive(barrier);\n  wait_phase"
     ).replace("barrier, 128)", "barrier, 16)"),
@@ -47,7 +46,7 @@ BODIES = {
     "out of any tensor": COPY.replace("a.from, 128", "a.from + 4, 128"),
     "nobody waited": COPY.replace("wait_for_producers();", ""),
     "out of shared memory": COPY.replace("copy_bulk(x,", "copy_bulk(x + 4,"),
-    "meets mma": "if (t < 16) __syncwarp(); else { float c[4] = {}; mma(c, 0, 0, 0, 0, 0, 0); }",
+    "mma meets __syncwarp": "if (t < 16) __syncwarp(); else { float c[4] = {}; mma(c, 0, 0, 0, 0, 0, 0); }",
     "not aligned, or null": "a.to[0] = *(const float*)(memory + 1);",
     "an index out of bounds": "float v[4] = {}; a.to[0] = v[t];",
     "wrote past": "if (t == 0) x[32] = 1; wait_for_producers();",
