@@ -46,6 +46,11 @@ def matrix(weight: Weight) -> Matrix | None:
             return Matrix(bits, data.shape[-2], data.shape[-1]) if bits else None
 
 
+def jobs(m: Matrix) -> int:
+    """That a matrix is."""
+    return -(-m.rows // (8 * eights(m)))
+
+
 def eights(m: Matrix) -> int:
     """Eights of rows of a job: several, where rows are short."""
     return 4 if m.bits == 4 and m.columns <= 1280 else 2 if m.columns * m.bits <= 1024 * 16 and m.bits > 4 else 1
@@ -57,12 +62,12 @@ def part(m: Matrix, vector: int = 0, to: To = "BF16", copies: int = 0, *, summed
 
 
 @cache
-def normed(matrices: tuple[Matrix, ...], to: tuple[To, ...], ready: tuple[int, ...]) -> Plan:
-    """Up to three matrices over the norm of the stream; ``ready`` as of `Part`."""
+def normed(matrices: tuple[Matrix, ...], to: tuple[To, ...], ready: tuple[int, ...], signals: int = 0) -> Plan:
+    """Up to three matrices over the norm of the stream; ``ready`` as of `Part`, ``signals`` as of `Plan`."""
     bits = list(dict.fromkeys(m.bits for m in matrices))
     each = zip(matrices, to, ready, strict=True)
     parts = tuple(part(m, bits.index(m.bits), kind, ready=order) for m, kind, order in each)
-    return Plan(parts, tuple(Vector(b, matrices[0].columns, normed=True) for b in bits))
+    return Plan(parts, tuple(Vector(b, matrices[0].columns, normed=True) for b in bits), signals=signals)
 
 
 @cache
@@ -72,27 +77,27 @@ def plain(m: Matrix, to: To, *, ready: bool) -> Plan:
 
 
 @cache
-def up(shared_down: Matrix, m: Matrix, router: Router, *, latent: bool) -> Plan:
+def up(shared_down: Matrix, m: Matrix, router: Router, signals: int, *, latent: bool) -> Plan:
     """The shared expert's second product, and the chosen experts' first, over the norm or a latent."""
     own = Vector(m.bits, m.columns, normed=not latent, ready=latent)
     shared = Vector(shared_down.bits, shared_down.columns, source=1, ready=True)
     experts = part(m, to="SQUARED", copies=router.top_k, ready=m.bits)
-    return Plan((part(shared_down, 1), experts), (own, shared), router)
+    return Plan((part(shared_down, 1), experts), (own, shared), router, signals)
 
 
 @cache
-def down(m: Matrix, router: Router, to: To, after: int) -> Plan:
+def down(m: Matrix, router: Router, to: To, after: int, signals: int) -> Plan:
     """The chosen experts' second product and weighted sum; ``after``: bits of the weights that will meet it, or 0."""
     experts = part(m, to=to, copies=router.top_k, summed=True, ready=after)
-    return Plan((experts,), (Vector(m.bits, m.columns, none=True),), router)
+    return Plan((experts,), (Vector(m.bits, m.columns, none=True),), router, signals)
 
 
 @cache
 def cut(plan: Plan, major: int) -> Cut:
     """How a launch is cut on a chip: so that two launches share a multiprocessor, the next one's weights on their way."""
     room = SHARED[major]
-    half = room // 2 - OWN
-    for most, groups, stages in ((half, 2, 6), (half, 2, 4), (half, 2, 2), (half, 1, 2), (room - OWN, 2, 2), (room - OWN, 1, 1)):
-        if plan.shared(Cut(groups, stages)) <= most:
+    most = room - 24 * OWN if major == 9 else room // 2 - OWN
+    for limit, groups, stages in ((most, 2, 6), (most, 2, 4), (most, 2, 2), (most, 1, 2), (room - OWN, 2, 2), (room - OWN, 1, 1)):
+        if plan.shared(Cut(groups, stages)) <= limit:
             return Cut(groups, stages)
     raise ValueError(f"no cut of {plan} fits {room} bytes of shared memory")

@@ -17,6 +17,9 @@ LONGEST = 4096
 GROUP = 4
 """Warps that share a stage."""
 
+POINTERS = ("norm", "stream", "addend", "logits", "bias", "ids", "chosen", "signals")
+"""Of an argument, in products.cu's order."""
+
 To = Literal["BF16", "SQUARED", "STREAM", "FLOAT"]
 
 
@@ -92,11 +95,12 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A launch's shape: all that is compiled into it."""
+    """A launch's shape: all that is compiled into it; ``signals`` as SIGNALS in products.cu."""
 
     parts: tuple[Part, ...]
     vectors: tuple[Vector, ...]
     router: Router | None = None
+    signals: int = 0
 
     def defines(self, cut: Cut) -> dict[str, str]:
         """What products.cu is given."""
@@ -130,6 +134,7 @@ class Plan:
             "TOP": str(r.top_k if r else 1),
             "NORMALIZE": str(int(r.normalize if r else False)),
             "CHOOSE": str(0 if r is None else 1 if r.here else 2),
+            "SIGNALS": str(self.signals),
         }
 
     def shared(self, cut: Cut) -> int:
@@ -169,7 +174,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         ("parts", _Part * 3),
         ("inputs", ctypes.c_void_p * 2),
-        *((name, ctypes.c_void_p) for name in ("norm", "stream", "addend", "logits", "bias", "ids", "chosen")),
+        *((name, ctypes.c_void_p) for name in POINTERS),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
     ]
@@ -186,6 +191,7 @@ class Inputs:
         addend: added to a result before that.
         logits, bias, scale: of the choice, where it is made here.
         ids, chosen: the chosen experts, int32, and their weights, float32.
+        signals: int32 [2], zero between mixtures, where the plan has signals.
     """
 
     vectors: tuple[Tensor, ...]
@@ -197,6 +203,7 @@ class Inputs:
     bias: Tensor | None = None
     ids: Tensor | None = None
     chosen: Tensor | None = None
+    signals: Tensor | None = None
     scale: float = 0.0
 
 
@@ -235,7 +242,7 @@ def run(plan: Plan, weights: tuple[Weight, ...], outs: tuple[Tensor, ...], input
         arguments.parts[i] = _Part(*_pointers(weight, out))
     for i, vector in enumerate(inputs.vectors):
         arguments.inputs[i] = vector.data_ptr()
-    for name in ("norm", "stream", "addend", "logits", "bias", "ids", "chosen"):
+    for name in POINTERS:
         tensor: Tensor | None = getattr(inputs, name)
         setattr(arguments, name, tensor.data_ptr() if tensor is not None else None)
     kernel.launch(min(plan.jobs, cut.blocks * _multiprocessors(device)), arguments, device)

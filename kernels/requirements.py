@@ -31,6 +31,11 @@ def triton(place: Place) -> Reason | None:
     return _bfloat16(place)
 
 
+def cuda(place: Place) -> Reason | None:
+    """Our kernels in CUDA C++, which leave what they do not take to the Triton ones."""
+    return triton(place) or _lacks(place.package("cuda-bindings"), "cuda-bindings", "which torch for CUDA brings")
+
+
 def cutlass(place: Place) -> Reason | None:
     """FlashInfer's `cutlass_fused_moe`: activations quantised to NVFP4, CUTLASS grouped products."""
     if (reason := _sm12x_experts(place, "cutlass")) or (reason := _input_scales(place)):
@@ -84,6 +89,7 @@ def b12x(place: Place) -> Reason | None:
 
 REQUIREMENTS: Mapping[str, Requirement] = {
     "torch": lambda place: None,
+    "cuda": cuda,
     "triton": triton,
     "cutlass": cutlass,
     "w4a16": w4a16,

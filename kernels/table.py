@@ -50,22 +50,27 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
         "torch": "nanoserve.kernels.linear:linear",
     },
     "head": {
+        "cuda": "nanoserve.kernels.cuda_ops:head",
         "triton": "nanoserve.kernels.triton_linear:linear_f32",
         "torch": "nanoserve.kernels.linear:linear_f32",
     },
     "norm_linears": {
+        "cuda": "nanoserve.kernels.cuda_ops:norm_linears",
         "triton": "nanoserve.kernels.triton_linear:norm_linears",
         "torch": "nanoserve.kernels.fused:norm_linears",
     },
     "linear_add": {
+        "cuda": "nanoserve.kernels.cuda_ops:linear_add",
         "triton": "nanoserve.kernels.triton_linear:linear_add",
         "torch": "nanoserve.kernels.fused:linear_add",
     },
     "mlp_add": {
+        "cuda": "nanoserve.kernels.cuda_ops:mlp_add",
         "triton": "nanoserve.kernels.triton_linear:mlp_add",
         "torch": "nanoserve.kernels.fused:mlp_add",
     },
     "moe_add": {
+        "cuda": "nanoserve.kernels.cuda_ops:moe_add",
         "triton": "nanoserve.kernels.triton_experts:moe_add",
         "w4a16": "nanoserve.kernels.flashinfer_moe:moe_add_w4a16",
         "b12x": "nanoserve.kernels.flashinfer_moe:moe_add_b12x",
@@ -80,6 +85,7 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
         "torch": "nanoserve.kernels.ssm:ssm_scan",
     },
     "mamba_decode": {
+        "cuda": "nanoserve.kernels.cuda_mamba:mamba_decode",
         "triton": "nanoserve.kernels.triton_mamba:mamba_decode",
         "ssu": "nanoserve.kernels.flashinfer_mamba:mamba_decode",
         "torch": "nanoserve.kernels.mamba:mamba_decode",
