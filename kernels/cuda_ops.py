@@ -105,10 +105,22 @@ def moe_add(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
     _run(first, weights, outs, replace(inputs, signals=words))
     here, before = (Router(count, w.top_k, w.normalize, here) for here in (True, False))
     choice = Inputs(
-        (narrow, shared), norm.weight, norm.eps, logits=logits, bias=w.bias, ids=ids, chosen=chosen, scale=w.scale,
+        (narrow, shared),
+        norm.weight,
+        norm.eps,
+        logits=logits,
+        bias=w.bias,
+        ids=ids,
+        chosen=chosen,
+        scale=w.scale,
         signals=words,
     )
-    _run(plans.up(shared_down, up, here, signals, latent=bool(around)), (w.shared_down, w.up), (added, hidden), choice)
+    _run(
+        plans.up(shared_down, up, here, signals, latent=bool(around)),
+        (w.shared_down, w.up),
+        (added, hidden),
+        choice,
+    )
     if not around:
         ends = Inputs((hidden,), stream=stream, addend=added, ids=ids, chosen=chosen, signals=words)
         _run(plans.down(down, before, "STREAM", 0, signals), (w.down,), (new,), ends)
@@ -116,5 +128,10 @@ def moe_add(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
     (routed,) = _room(stream, down.rows)
     middle = Inputs((hidden,), ids=ids, chosen=chosen, signals=words)
     _run(plans.down(down, before, "BF16", around[1].bits, signals), (w.down,), (routed,), middle)
-    _run(plans.plain(around[1], "STREAM", ready=True), (latent[1],), (new,), Inputs((routed,), stream=stream, addend=added))
+    _run(
+        plans.plain(around[1], "STREAM", ready=True),
+        (latent[1],),
+        (new,),
+        Inputs((routed,), stream=stream, addend=added),
+    )
     return new

@@ -56,7 +56,9 @@ def eights(m: Matrix) -> int:
     return 4 if m.bits == 4 and m.columns <= 1280 else 2 if m.columns * m.bits <= 1024 * 16 and m.bits > 4 else 1
 
 
-def part(m: Matrix, vector: int = 0, to: To = "BF16", copies: int = 0, *, summed: bool = False, ready: int = 0) -> Part:
+def part(
+    m: Matrix, vector: int = 0, to: To = "BF16", copies: int = 0, *, summed: bool = False, ready: int = 0
+) -> Part:
     """A matrix as a part of a launch."""
     return Part(m.bits, m.rows, m.columns, vector, to, copies, summed, eights(m), ready)
 
@@ -97,7 +99,14 @@ def cut(plan: Plan, major: int) -> Cut:
     """How a launch is cut on a chip: so that two launches share a multiprocessor, the next one's weights on their way."""
     room = SHARED[major]
     most = room - 24 * OWN if major == 9 else room // 2 - OWN
-    for limit, groups, stages in ((most, 2, 6), (most, 2, 4), (most, 2, 2), (most, 1, 2), (room - OWN, 2, 2), (room - OWN, 1, 1)):
+    for limit, groups, stages in (
+        (most, 2, 6),
+        (most, 2, 4),
+        (most, 2, 2),
+        (most, 1, 2),
+        (room - OWN, 2, 2),
+        (room - OWN, 1, 1),
+    ):
         if plan.shared(Cut(groups, stages)) <= limit:
             return Cut(groups, stages)
     raise ValueError(f"no cut of {plan} fits {room} bytes of shared memory")
