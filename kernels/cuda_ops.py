@@ -67,13 +67,13 @@ def mlp_add(stream: Tensor, norm: Norm, up: Weight, down: Weight) -> Tensor:
     return new
 
 
-def head(x: Tensor, weight: Weight) -> Tensor:
-    """`nanoserve.kernels.linear.linear_f32`, in one launch."""
-    found = _matrices(x, weight)
+def head(stream: Tensor, norm: Norm, weight: Weight, out: Tensor | None = None) -> Tensor:
+    """`nanoserve.kernels.fused.head`, in one launch."""
+    found = _matrices(stream, weight)
     if found is None:
-        return triton_linear.linear_f32(x, weight)
-    logits = torch.empty((1, found[0].rows), device=x.device)
-    _run(plans.plain(found[0], "FLOAT", ready=False), (weight,), (logits,), Inputs((x.contiguous(),)))
+        return triton_linear.head(stream, norm, weight, out)
+    logits = torch.empty((1, found[0].rows), device=stream.device) if out is None else out
+    _run(plans.normed(found, ("FLOAT",), (0,)), (weight,), (logits,), Inputs((stream,), norm.weight, norm.eps))
     return logits
 
 

@@ -1,4 +1,4 @@
-"""Which launches of cuda/products.cu an op takes for one token, from the shapes and formats of its weights alone."""
+"""Which launches of cuda/products.cu an op takes for one token, from its weights' shapes and formats alone."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +27,7 @@ class Matrix:
 
     @property
     def able(self) -> bool:
-        """Whether the kernel reads it: rows are whole sixteens of bytes, and whole steps where zeros are no way out."""
+        """Whether the kernel reads it: rows of whole sixteens of bytes, and of whole steps where zeros do not help."""
         row = self.columns * self.bits // 8
         if self.bits == 4:
             return self.columns % 64 == 0 and row <= LONGEST_ROW
@@ -89,14 +89,14 @@ def up(shared_down: Matrix, m: Matrix, router: Router, signals: int, *, latent: 
 
 @cache
 def down(m: Matrix, router: Router, to: To, after: int, signals: int) -> Plan:
-    """The chosen experts' second product and weighted sum; ``after``: bits of the weights that will meet it, or 0."""
+    """The chosen experts' second product and weighted sum; ``after``: bits of what will meet it, or 0."""
     experts = part(m, to=to, copies=router.top_k, summed=True, ready=after)
     return Plan((experts,), (Vector(m.bits, m.columns, none=True),), router, signals)
 
 
 @cache
 def cut(plan: Plan, major: int) -> Cut:
-    """How a launch is cut on a chip: so that two launches share a multiprocessor, the next one's weights on their way."""
+    """How a launch is cut on a chip: so that the next one has room beside it, and its weights are on their way."""
     room = SHARED[major]
     most = room - 24 * OWN if major == 9 else room // 2 - OWN
     for limit, groups, stages in (

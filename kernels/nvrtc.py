@@ -1,7 +1,7 @@
 """Kernels in CUDA C++: compiled for a chip and a shape by NVRTC, which torch for CUDA brings, and kept on disk.
 
-Their sources stand under cuda/. What a kernel is for (rows, columns, formats) is compiled into it, so that nothing is
-computed when it runs that could be known before.
+Their sources stand under cuda/. What a kernel is for (rows, columns, formats) is compiled into it, so that
+nothing is computed when it runs that could be known before.
 """
 
 # cuda.bindings has no types.
@@ -68,7 +68,7 @@ def checked(result: Any) -> Any:
 
 
 def source(name: str) -> str:
-    """A kernel's source as one text: every file that it includes, once, in the place where it is first included."""
+    """A kernel's source as one text: every file that it includes, once, where it is first included."""
     seen: set[str] = set()
 
     def text(file: str) -> str:
@@ -141,7 +141,8 @@ def _load(
     function = checked(driver.cuModuleGetFunction(module, Path(name).stem.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     checked(driver.cuFuncSetAttribute(function, attribute, shared))
-    # Launches that want another split of cache and shared memory do not overlap: a multiprocessor must be idle first.
+    # Launches that want another split of cache and shared memory do not overlap: a multiprocessor must be
+    # idle before it changes.
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
     checked(driver.cuFuncSetAttribute(function, attribute, 100))
     return Kernel(function, threads, shared)

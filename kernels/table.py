@@ -51,8 +51,8 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     },
     "head": {
         "cuda": "nanoserve.kernels.cuda_ops:head",
-        "triton": "nanoserve.kernels.triton_linear:linear_f32",
-        "torch": "nanoserve.kernels.linear:linear_f32",
+        "triton": "nanoserve.kernels.triton_linear:head",
+        "torch": "nanoserve.kernels.fused:head",
     },
     "norm_linears": {
         "cuda": "nanoserve.kernels.cuda_ops:norm_linears",
@@ -167,7 +167,7 @@ class Ops:
     linear_plain: Callable[[Tensor, Weight], Tensor]
     linear_fp8: Callable[[Tensor, Weight], Tensor]
     linear_nvfp4: Callable[[Tensor, Weight], Tensor]
-    head: Callable[[Tensor, Weight], Tensor]
+    head: Callable[[Tensor, Norm, Weight, Tensor | None], Tensor]
     norm_linears: Callable[[Tensor, Norm, tuple[Weight, ...]], tuple[Tensor, ...]]
     linear_add: Callable[[Tensor, Weight, Tensor], Tensor]
     mlp_add: Callable[[Tensor, Norm, Weight, Weight], Tensor]
