@@ -83,7 +83,8 @@ def moe_add(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
     The router, the shared expert's first product and the latent's; the choice, the shared expert's second product
     and the experts' first; the experts' second. Of equal scores the lower expert's number is taken first.
     """
-    gate, latent = Plain(w.gate), (w.latent_in, w.latent_out) if w.latent_in and w.latent_out else ()
+    gate = Plain(w.gate)
+    latent = [weight for weight in (w.latent_in, w.latent_out) if weight]
     found = _matrices(stream, gate, w.shared_up, w.shared_down, w.up, w.down, *latent)
     if found is None or w.top_k > MOST:
         return triton_experts.moe_add(stream, norm, w)
@@ -97,9 +98,9 @@ def moe_add(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
     inputs = Inputs((stream,), norm.weight, norm.eps)
     front, weights, outs = (gated, shared_up), (gate, w.shared_up), (logits, shared)
     narrow = stream
-    if around:
+    if w.latent_in:
         (narrow,) = _room(stream, around[0].rows)
-        front, weights, outs = (*front, around[0]), (*weights, latent[0]), (*outs, narrow)
+        front, weights, outs = (*front, around[0]), (*weights, w.latent_in), (*outs, narrow)
     order, signals = (0, shared_down.bits, up.bits)[: len(front)], plans.jobs(gated)
     first = plans.normed(front, ("FLOAT", "SQUARED", "BF16")[: len(front)], order, signals)
     _run(first, weights, outs, replace(inputs, signals=words))
@@ -121,7 +122,7 @@ def moe_add(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
         (added, hidden),
         choice,
     )
-    if not around:
+    if not w.latent_out:
         ends = Inputs((hidden,), stream=stream, addend=added, ids=ids, chosen=chosen, signals=words)
         _run(plans.down(down, before, "STREAM", 0, signals), (w.down,), (new,), ends)
         return new
@@ -130,7 +131,7 @@ def moe_add(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
     _run(plans.down(down, before, "BF16", around[1].bits, signals), (w.down,), (routed,), middle)
     _run(
         plans.plain(around[1], "STREAM", ready=True),
-        (latent[1],),
+        (w.latent_out,),
         (new,),
         Inputs((routed,), stream=stream, addend=added),
     )

@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
-
-import torch
 
 from nanoserve.kernels.cuda_products import BITS, Cut, Part, Plan, Router, To, Vector
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
@@ -27,7 +24,7 @@ class Matrix:
 
     @property
     def able(self) -> bool:
-        """Whether the kernel reads it: rows of whole sixteens of bytes, and of whole steps where zeros do not help."""
+        """Whether the kernel reads it: rows of whole sixteens of bytes, or of whole steps where it must be."""
         row = self.columns * self.bits // 8
         if self.bits == 4:
             return self.columns % 64 == 0 and row <= LONGEST_ROW
@@ -42,7 +39,7 @@ def matrix(weight: Weight) -> Matrix | None:
         case Fp8(data):
             return Matrix(8, data.shape[-2], data.shape[-1])
         case Plain(data):
-            bits = BITS.get(cast("torch.dtype", data.dtype))
+            bits = BITS.get(data.dtype)
             return Matrix(bits, data.shape[-2], data.shape[-1]) if bits else None
 
 

@@ -120,6 +120,18 @@ def compiled(name: str, chip: tuple[int, int], defines: Mapping[str, str]) -> by
     return code
 
 
+def even(function: int) -> None:
+    """Let a loaded kernel want all of a multiprocessor's memory as shared memory.
+
+    A multiprocessor must be idle before it divides its memory in another way. Launches that want it divided
+    differently therefore do not overlap.
+    """
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    checked(driver.cuFuncSetAttribute(driver.CUfunction(function), attribute, 100))
+
+
 def load(name: str, defines: Mapping[str, str], threads: int, shared: int, device: torch.device) -> Kernel:
     """A kernel on a device; each is loaded once in a process.
 
@@ -141,8 +153,5 @@ def _load(
     function = checked(driver.cuModuleGetFunction(module, Path(name).stem.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     checked(driver.cuFuncSetAttribute(function, attribute, shared))
-    # Launches that want another split of cache and shared memory do not overlap: a multiprocessor must be
-    # idle before it changes.
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-    checked(driver.cuFuncSetAttribute(function, attribute, 100))
+    even(int(function))
     return Kernel(function, threads, shared)

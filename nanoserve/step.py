@@ -58,7 +58,7 @@ class DecodeBuffers:
 
 @torch.inference_mode()
 def begin_decode(model: NemotronH, sequence: Sequence, stream: Tensor, buffers: DecodeBuffers) -> None:
-    """Set the buffers up, with the logits of the stream [1, H] of the prompt's last token: the first `draw` is next."""
+    """Set the buffers up, with the logits after the prompt's last token, of [1, H]: the first `draw` is next."""
     model.logits(stream, buffers.logits.unsqueeze(0))
     buffers.positions.fill_(sequence.length)
 
