@@ -132,26 +132,38 @@ def even(function: int) -> None:
     checked(driver.cuFuncSetAttribute(driver.CUfunction(function), attribute, 100))
 
 
-def load(name: str, defines: Mapping[str, str], threads: int, shared: int, device: torch.device) -> Kernel:
-    """A kernel on a device; each is loaded once in a process.
+def load(
+    name: str,
+    defines: Mapping[str, str],
+    threads: int,
+    shared: int,
+    device: torch.device,
+    function: str = "",
+) -> Kernel:
+    """A kernel on a device, by default of its file's name; each is loaded once in a process.
 
     Raises:
         BackendError: it does not compile or load.
     """
-    return _load(name, tuple(defines.items()), threads, shared, device)
+    return _load(name, tuple(defines.items()), threads, shared, device, function or Path(name).stem)
 
 
 @cache
 def _load(
-    name: str, defines: tuple[tuple[str, str], ...], threads: int, shared: int, device: torch.device
+    name: str,
+    defines: tuple[tuple[str, str], ...],
+    threads: int,
+    shared: int,
+    device: torch.device,
+    function: str,
 ) -> Kernel:
     from cuda.bindings import driver
 
     torch.cuda.current_stream(device).synchronize()  # the device's context is the current one from here on
     code = compiled(name, torch.cuda.get_device_capability(device), dict(defines))
     module = checked(driver.cuModuleLoadData(code))
-    function = checked(driver.cuModuleGetFunction(module, Path(name).stem.encode()))
+    handle = checked(driver.cuModuleGetFunction(module, function.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    checked(driver.cuFuncSetAttribute(function, attribute, shared))
-    even(int(function))
-    return Kernel(function, threads, shared)
+    checked(driver.cuFuncSetAttribute(handle, attribute, shared))
+    even(int(handle))
+    return Kernel(handle, threads, shared)

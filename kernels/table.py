@@ -99,9 +99,10 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
         "torch": "nanoserve.kernels.attention:attention",
     },
     "attention_decode": {
+        "cuda": "nanoserve.kernels.cuda_attention:attention_decode",
         "triton": "nanoserve.kernels.triton_attention:attention_decode",
         "xqa": "nanoserve.kernels.flashinfer_attention:attention_decode",
-        "torch": "nanoserve.kernels.attention:attention",
+        "torch": "nanoserve.kernels.attention:attention_decode",
     },
     "router": {
         "triton": "nanoserve.kernels.triton_experts:router",
@@ -177,7 +178,7 @@ class Ops:
     mamba_decode: Callable[[Tensor, MambaWeights, MambaState], Tensor]
     kv_append: Callable[[Tensor, Tensor, LayerKV, Tensor, Tensor], None]
     attention_prefill: Attend
-    attention_decode: Attend
+    attention_decode: Callable[[Tensor, Tensor, Tensor, LayerKV, Tensor, Tensor], Tensor]
     router: Callable[[Tensor, Tensor, Tensor, int, float, bool], tuple[Tensor, Tensor]]
     experts_prefill: Experts
     experts_few: Experts

@@ -196,8 +196,14 @@ def kv_append(k: Tensor, v: Tensor, cache: LayerKV, page_table: Tensor, position
 
 
 def attention_decode(
-    q: Tensor, cache: LayerKV, page_table: Tensor, positions: Tensor, tile: Tile | None = None
+    q: Tensor, k: Tensor, v: Tensor, cache: LayerKV, page_table: Tensor, positions: Tensor
 ) -> Tensor:
+    """As `nanoserve.kernels.attention.attention_decode`, in three launches."""
+    kv_append(k, v, cache, page_table, positions)
+    return attend(q, cache, page_table, positions)
+
+
+def attend(q: Tensor, cache: LayerKV, page_table: Tensor, positions: Tensor, tile: Tile | None = None) -> Tensor:
     """As `nanoserve.kernels.attention.attention`; ``tile`` overrides the chip's."""
     tile = tile or tile_of("attention_decode", q.device)
     tokens, heads, dim = q.shape

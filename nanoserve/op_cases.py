@@ -341,13 +341,16 @@ def _attention(s: Subject) -> Iterator[OpCase]:
     def attend(tokens: int, length: int) -> Callable[[str], Arguments]:
         return lambda _: attention_inputs(tokens, length, sizes, s.kv_dtype, s.device, s.dtype)
 
-    def append(_: str) -> Arguments:
-        _, cache, pages, positions = attend(1, CONTEXT)("")
+    def step(_: str) -> Arguments:
+        q, cache, pages, positions = attend(1, CONTEXT)("")
         k, v = (random_tokens(1, c.kv_heads * c.head_dim, s.device, s.dtype) for _ in range(2))
-        return k.view(1, c.kv_heads, -1), v.view(1, c.kv_heads, -1), cache, pages, positions
+        return q, k.view(1, c.kv_heads, -1), v.view(1, c.kv_heads, -1), cache, pages, positions
+
+    def append(_: str) -> Arguments:
+        return step("")[1:]
 
     yield OpCase("kv_append", what, 1, append, 0.0, state=(2,))
-    yield OpCase("attention_decode", f"{what}, context {CONTEXT}", 1, attend(1, CONTEXT), 4e-3)
+    yield OpCase("attention_decode", f"{what}, context {CONTEXT}", 1, step, 4e-3, state=(3,))
     yield OpCase("attention_prefill", what, PREFILL, attend(PREFILL, CONTEXT), 5e-3)
 
 
