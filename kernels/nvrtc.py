@@ -108,7 +108,11 @@ def compiled(name: str, chip: tuple[int, int], defines: Mapping[str, str]) -> by
     from cuda.bindings import nvrtc
 
     text, arch = source(name), "sm_{}{}".format(*chip)
-    options = ["--std=c++17", f"--gpu-architecture={arch}", *(f"-D{key}={value}" for key, value in defines.items())]
+    options = [
+        "--std=c++17",
+        f"--gpu-architecture={arch}",
+        *(f"-D{key}={value}" for key, value in defines.items()),
+    ]
     key = hashlib.sha256(repr((text, options, checked(nvrtc.nvrtcVersion()))).encode()).hexdigest()[:32]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = home / "nanoserve" / f"{Path(name).stem}_{arch}_{key}.cubin"

@@ -1,11 +1,11 @@
 """The launches of the CUDA C++ kernels in a released model's decode step, as their host side asks for them.
 
-Nothing runs and no chip is needed: the ops are called over tensors without memory, in every layer's own formats, and
-what they would load is written down.
+Nothing runs and no chip is needed: the ops are called over tensors without memory, in every layer's own formats,
+and what they would load is written down.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from unittest.mock import patch
@@ -73,14 +73,18 @@ def launches(name: ShapeName, chip: tuple[int, int]) -> Iterator[tuple[str, Laun
     recorder, seen = _Recorder(), set[tuple[str, Launch]]()
     with ExitStack() as stack:
         stack.enter_context(patch.object(nvrtc, "load", recorder.load))
-        stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda device: chip))
-        stack.enter_context(patch.object(cuda_products, "_multiprocessors", lambda device: MULTIPROCESSORS[chip]))
+        stack.enter_context(patch.object(torch.cuda, "get_device_capability", _always(chip)))
+        stack.enter_context(patch.object(cuda_products, "_multiprocessors", _always(MULTIPROCESSORS[chip])))
         for op in _ops(model):
             for launch in recorder.seen:
                 if (op, launch) not in seen:
                     seen.add((op, launch))
                     yield op, launch
             recorder.seen.clear()
+
+
+def _always(value: object) -> Callable[[torch.device], object]:
+    return lambda _: value
 
 
 def _without_memory(item: Item) -> object:

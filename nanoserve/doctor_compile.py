@@ -1,8 +1,8 @@
 """``nanoserve doctor --compile``: every kernel at the released shapes, compiled for chips that need not be here.
 
 What is compiled: our Triton kernels of a decode step (`DECODE_TOKENS`) and of prefill, and our CUDA C++ kernels of
-a decode step of one token, for any chip; and FlashInfer's CuTe-DSL expert kernels (`EXPERT_TOKENS`) for sm_120a and
-sm_121a. "Compiled for" is all it can say.
+a decode step of one token, for any chip; and FlashInfer's CuTe-DSL expert kernels (`EXPERT_TOKENS`) for sm_120a
+and sm_121a. "Compiled for" is all it can say.
 """
 
 import json

@@ -22,7 +22,7 @@ HEADER = Path(__file__).parent / "cuda_on_cpu.h"
 HAS_COMPILER = shutil.which("g++") is not None or os.environ.get("CI") == "true"
 """In CI nothing is skipped: without g++ the tests fail."""
 OPTIONS = (
-    "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off",
+    "-std=c++17", "-O0", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off",
     "-U_FORTIFY_SOURCE", "-ftrivial-auto-var-init=pattern", "-fsanitize=alignment,bounds",
     "-fno-sanitize-recover=all",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The kernels of CUDA C++ compile for every chip as released models launch them, fit it, and keep nothing on the stack."""
+"""The kernels of CUDA C++ compile for every chip as released models launch them, fit it, and have no stack."""
 
 import os
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_launches_fit_the_chip(shape: ShapeName, architecture: str) -> None:
 
 
 def test_formats_are_those_of_the_releases() -> None:
-    """As nanoserve/shapes lists them: of Super's 40 mixtures one has a shared expert in NVFP4, and some in BF16."""
+    """As nanoserve/shapes lists them: of Super's shared experts one is in NVFP4, and some are in BF16."""
     seen = {
         (dict(launch.defines)["BITS_OF"], dict(launch.defines)["CHOOSE"])
         for op, launch in launches("super", (9, 0))

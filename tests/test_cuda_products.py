@@ -222,7 +222,15 @@ def check(
         optional = [t for t in (norm, bias, logits, stream, added) if t is not None]
         words = words_before(plan)
         machine.blocks, machine.seed = blocks, seed
-        machine.tensors = [*outs, *given, *optional, ids, chosen, words, *(t for w in weights for t in tensors_of(w))]
+        machine.tensors = [
+            *outs,
+            *given,
+            *optional,
+            ids,
+            chosen,
+            words,
+            *(t for w in weights for t in tensors_of(w)),
+        ]
         choice = [t for t in (logits,) if t is not None] if here else [ids, chosen] if plan.router else []
         decided = [*given, *(t for t in (stream, added) if t is not None)]
         machine.told, machine.late = (choice, decided) if plan.signals else ((), [*decided, *choice])

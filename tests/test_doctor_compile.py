@@ -25,7 +25,8 @@ needs_dsl = pytest.mark.skipif(
 )
 
 needs_nvrtc = pytest.mark.skipif(
-    nvrtc.missing() is not None and os.environ.get("CI") != "true", reason="NVRTC or cuda-bindings is not installed"
+    nvrtc.missing() is not None and os.environ.get("CI") != "true",
+    reason="NVRTC or cuda-bindings is not installed",
 )
 
 ROW = Row("sm_120a", "nanoserve", "moe", "up_kernel", "nano", 1, 80, 0, 101_376, {})
