@@ -168,7 +168,7 @@ MIXTURES = {
 }
 CHIPS = [
     *((name, 9) for name in MIXTURES),
-    *((name, 12) for name in ("nano", "super", "super, layer 1", "few in BF16")),
+    *((name, 12) for name in ("nano", "super, layer 1", "few in BF16")),
 ]
 
 

@@ -398,8 +398,9 @@ def test_lanes_do_not_count_on_one_another(machine: Machine, cut: Cut) -> None:
     check(machine, Plan((experts,), (Vector(4, 192, none=True),), Router(24, 6, True, False)), cut)
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16, 32])
-@pytest.mark.parametrize(("columns", "eights"), [(64, 4), (320, 1)])
+@pytest.mark.parametrize(
+    ("bits", "columns", "eights"), [(4, 64, 4), (4, 320, 1), (8, 320, 2), (16, 64, 1), (32, 320, 1)]
+)
 def test_results_and_vectors_that_are_ready(machine: Machine, bits: int, columns: int, eights: int) -> None:
     """For each format: of a matrix, of another that takes a ready vector, and of experts."""
     parts = (
