@@ -2,8 +2,8 @@
 // this, without its functions of inline assembly, which are here (see cuda_on_cpu.py).
 //
 // What may come late comes late: copies to shared memory, signals and what they stand for, and what the launch in
-// front wrote, only when nobody can go on without; an odd seed lets copies come at once. A seed above 1 also draws who runs first. Memory that nobody
-// wrote holds NaN. What a GPU leaves undefined is a fault where it is seen here.
+// front wrote, only when nobody can go on without; an odd seed lets copies come at once. A seed above 1 also draws
+// who runs first. Memory that nobody wrote holds NaN. What a GPU leaves undefined is a fault where it is seen here.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
