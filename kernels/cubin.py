@@ -8,6 +8,9 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+RESERVED = 1024
+"""Bytes of static shared memory that are the machine's own; a block's limit is without them."""
+
 _SIZED = 4
 """Format of a record with a body; the others are four bytes in all."""
 _FRAME_SIZE, _REGISTER_COUNT = 0x11, 0x2F
@@ -16,7 +19,10 @@ _SYMBOL_TABLE = 2
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """A kernel's needs: registers a thread, bytes of stack a thread, bytes of static shared memory a block."""
+    """A kernel's needs: registers a thread, bytes of stack a thread, bytes of static shared memory a block.
+
+    With CUDA C++, `RESERVED` bytes of that memory are none of the kernel's.
+    """
 
     name: str
     registers: int

@@ -67,6 +67,19 @@ def checked(result: Any) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def missing() -> str | None:
+    """What is not installed for a kernel to be compiled, and how it is; None where all is."""
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError:
+        return "cuda-bindings is not installed: pip install cuda-bindings"
+    try:
+        checked(nvrtc.nvrtcVersion())
+    except RuntimeError:  # as cuda.pathfinder says that it finds no library
+        return "the NVRTC library is not installed: pip install nvidia-cuda-nvrtc"
+    return None
+
+
 def source(name: str) -> str:
     """A kernel's source as one text: every file that it includes, once, where it is first included."""
     seen: set[str] = set()

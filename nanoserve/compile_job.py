@@ -12,14 +12,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from unittest.mock import patch
 
 from nanoserve.cached import Cached, cache_folder
+from nanoserve.config import ShapeName
 from nanoserve.errors import NanoserveError
 from nanoserve.kernels.chips import capability
 
-Family = Literal["decode", "weights", "prefill", "experts"]
+Family = Literal["decode", "weights", "prefill", "cuda", "experts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,8 @@ class Job:
 
     Attributes:
         architecture: the chip, such as sm_120a.
-        family: decode and weights are the two halves of a decode step, prefill the rest of ours; experts are
-            FlashInfer's CuTe-DSL kernels.
+        family: decode and weights are the two halves of a decode step in Triton, and prefill is the rest; cuda is
+            a step of one token in CUDA C++; experts are FlashInfer's CuTe-DSL kernels.
         shape: a released shape.
         tokens: of a decode step, each number a case.
     """
@@ -50,7 +51,7 @@ class Row:
         op: the op that launches it.
         kernel: its name.
         registers: a thread.
-        spilled: bytes of spill stores and loads; of FlashInfer's CuTe-DSL kernels, the stack of a thread.
+        spilled: bytes of spill stores and loads; of CUDA C++ and FlashInfer's CuTe DSL, the stack of a thread.
         shared: bytes of shared memory a block, static and dynamic.
         checks: further findings, by name.
     """
@@ -80,6 +81,9 @@ def rows(job: Job) -> Iterator[Row]:
     cached = Cached(cache_folder() / "compiled")
     if job.family == "experts":
         yield from _experts(job, cached)
+        return
+    if job.family == "cuda":
+        yield from _cuda(job)
         return
     for op, tokens, call in _calls(job):
         for found in _compiled(call, job.architecture, cached):
@@ -130,6 +134,21 @@ def _facts(compiled: Any) -> dict[str, Any]:
     checks = {} if fetch < 0 else {"fetches_before_it_waits": fetch < wait}
     kept = {name: getattr(compiled, name) for name in ("name", "registers", "spilled", "shared")}
     return {**kept, "checks": checks}
+
+
+def _cuda(job: Job) -> Iterator[Row]:
+    """The kernels of CUDA C++, which NVRTC keeps compiled itself, for one token."""
+    from nanoserve.cuda_launches import launches
+    from nanoserve.kernels import nvrtc
+    from nanoserve.kernels.cubin import RESERVED, resources
+
+    chip = capability(job.architecture)
+    for op, launch in launches(cast("ShapeName", job.shape), chip):
+        for own in resources(nvrtc.compiled(launch.name, chip, dict(launch.defines))):
+            shared = own.shared - RESERVED + launch.shared
+            yield Row(
+                job.architecture, "nanoserve", op, own.name, job.shape, 1, own.registers, own.stack, shared, {}
+            )
 
 
 def _experts(job: Job, cached: Cached) -> Iterator[Row]:

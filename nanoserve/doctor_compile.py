@@ -1,7 +1,8 @@
 """``nanoserve doctor --compile``: every kernel at the released shapes, compiled for chips that need not be here.
 
-What is compiled: our Triton kernels of a decode step (`DECODE_TOKENS`) and of prefill, for any chip; and
-FlashInfer's CuTe-DSL expert kernels (`EXPERT_TOKENS`) for sm_120a and sm_121a. "Compiled for" is all it can say.
+What is compiled: our Triton kernels of a decode step (`DECODE_TOKENS`) and of prefill, and our CUDA C++ kernels of
+a decode step of one token, for any chip; and FlashInfer's CuTe-DSL expert kernels (`EXPERT_TOKENS`) for sm_120a
+and sm_121a. "Compiled for" is all it can say.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any, get_args
 from nanoserve.compile_job import Family, Job, Row
 from nanoserve.config import ShapeName
 from nanoserve.errors import ConfigError
+from nanoserve.kernels import nvrtc
 from nanoserve.kernels.chips import ARCHITECTURES, may_spill, shared_limit
 
 DECODE_TOKENS = (1, 2, 4, 8)
@@ -25,7 +27,7 @@ DECODE_TOKENS = (1, 2, 4, 8)
 EXPERT_TOKENS = (1, 2, 4, 63)
 """Of the routed experts' backends: from 64 tokens on the layer prefills."""
 
-OURS: tuple[Family, ...] = ("decode", "weights", "prefill")
+OURS: tuple[Family, ...] = ("decode", "weights", "prefill", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,9 @@ def _gap(architecture: str, family: Family) -> Missing | None:
     """Why a family is not compiled for a chip."""
     if not find_spec("triton"):
         return Missing(architecture, family, "triton is not installed: pip install triton", fault=True)
+    if family == "cuda":
+        reason = nvrtc.missing()
+        return Missing(architecture, "our CUDA C++ kernels", reason, fault=True) if reason else None
     if family != "experts":
         return None
     what = "FlashInfer's expert kernels"

@@ -1,13 +1,12 @@
 """cuda/products.cu on a CPU, against sums in float64."""
 
+import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import count
-from typing import Any
 
 import pytest
 import torch
-from cuda_on_cpu import HAS_COMPILER, Machine
+from cuda_on_cpu import HAS_COMPILER, Fault, Machine
 from torch import Tensor
 
 from nanoserve.kernels import cuda_products, nvrtc
@@ -23,8 +22,9 @@ CUTS = (Cut(2, 4), Cut(1, 3), Cut(4, 4), Cut(1, 2), Cut(2, 6), Cut(4, 12), Cut(2
 TARGETS: tuple[To, ...] = ("FLOAT", "BF16", "SQUARED", "STREAM")
 NEXT = count()
 EPS = 1e-5
-EIGHTS = (2, 4) if hasattr(Part, "eights") else ()
+EIGHTS = (2, 4)
 """Of rows that are one job, beside one."""
+UP = 2.0**64
 
 
 @pytest.fixture
@@ -82,6 +82,26 @@ def bf16(values: Tensor) -> Tensor:
     return values.float().bfloat16().double()
 
 
+def places(count: int, bits: int) -> Tensor:
+    """Where each value of a vector lies that is ready for weights of so many bits; see step.cuh."""
+    at = torch.arange(count)
+    if bits == 4:
+        return at // 8 * 8 + at % 4 * 2 + at // 4 % 2
+    return at // 4 * 4 + at % 2 * 2 + at // 2 % 2 if bits == 8 else at
+
+
+def made_ready(vectors: Tensor, bits: int) -> Tensor:
+    """Rows as the weights want them."""
+    made = torch.empty_like(vectors)
+    made[..., places(vectors.shape[-1], bits)] = vectors * (UP if bits < 16 else 1)
+    return made
+
+
+def as_is(results: Tensor, bits: int) -> Tensor:
+    """The inverse; bits are 0 where nothing was done."""
+    return results[..., places(results.shape[-1], bits)] / (UP if 0 < bits < 16 else 1)
+
+
 def expected(
     plan: Plan, weights: tuple[Weight, ...], inputs: Inputs, choice: tuple[list[int], Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -93,7 +113,7 @@ def expected(
             assert inputs.norm is not None
             vectors = [(rms(inputs.vectors[0], EPS) * inputs.norm).bfloat16().view(-1)]
         else:
-            vectors = list(inputs.vectors[source.source].view(source.copies, -1))
+            vectors = list(inputs.vectors[source.source].view(-1, part.columns))
         pairs = [
             product(expert(matrix, ids[i]) if part.copies else matrix, vectors[i % len(vectors)])
             for i in range(max(part.copies, 1))
@@ -135,6 +155,22 @@ def outs_of(plan: Plan) -> tuple[Tensor, ...]:
     )
 
 
+def words_before(plan: Plan) -> Tensor:
+    """The signals when a launch's turn has come, for all that it can see."""
+    here = plan.router is not None and plan.router.here
+    words = [plan.signals, 0] if here else [plan.signals, 1] if plan.router else [0, 1]
+    return torch.tensor(words if plan.signals else [7, 7], dtype=torch.int32)
+
+
+def words_after(plan: Plan) -> list[int]:
+    """What a launch leaves of them."""
+    if not plan.signals:
+        return [7, 7]
+    if plan.router is None:
+        return [-(-plan.parts[0].rows // (8 * plan.parts[0].eights)), 0]
+    return [plan.signals, 1] if plan.router.here else [0, 1]
+
+
 def check(
     machine: Machine, plan: Plan, cut: Cut, addend: bool = False, logits: Tensor | None = None
 ) -> tuple[list[int], Tensor]:
@@ -143,10 +179,15 @@ def check(
         weight(part.bits, *([plan.router.experts] if plan.router and part.copies else []), part.rows, part.columns)
         for part in plan.parts
     )
-    sizes = dict[int, int]()
+    sizes, ready = dict[int, int](), dict[int, int]()
     for vector in plan.vectors:
-        sizes[0 if vector.normed else vector.source] = vector.columns * vector.copies
-    vectors = tuple(torch.randn(sizes[i]).bfloat16() for i in sorted(sizes))
+        source = 0 if vector.normed else vector.source
+        sizes[source] = vector.columns
+        if vector.none or vector.ready:
+            ready[source] = vector.bits
+    lengths = {0: plan.parts[0].copies if plan.vectors[0].none else 1}
+    vectors = tuple(torch.randn(lengths.get(i, 1), sizes[i]).bfloat16() for i in sorted(sizes))
+    given = tuple(made_ready(vector, ready[i]) if i in ready else vector for i, vector in enumerate(vectors))
     norm = torch.rand(sizes[0]) + 0.5 if plan.vectors[0].normed else None
     rows = plan.parts[0].rows
     stream = torch.randn(rows).bfloat16() if plan.parts[0].to == "STREAM" else None
@@ -179,32 +220,38 @@ def check(
         ids = torch.full((top,), -1, dtype=torch.int32) if here else torch.tensor(want_ids, dtype=torch.int32)
         chosen = torch.full((top,), torch.nan) if here else want_weights.clone()
         optional = [t for t in (norm, bias, logits, stream, added) if t is not None]
+        words = words_before(plan)
         machine.blocks, machine.seed = blocks, seed
-        machine.tensors = [*outs, *vectors, *optional, ids, chosen, *(t for w in weights for t in tensors_of(w))]
-        decided = [t for t in (logits, stream, added) if t is not None]
-        machine.late = [*vectors, *decided, *([ids, chosen] if plan.router and not here else [])]
+        machine.tensors = [
+            *outs,
+            *given,
+            *optional,
+            ids,
+            chosen,
+            words,
+            *(t for w in weights for t in tensors_of(w)),
+        ]
+        choice = [t for t in (logits,) if t is not None] if here else [ids, chosen] if plan.router else []
+        decided = [*given, *(t for t in (stream, added) if t is not None)]
+        machine.told, machine.late = (choice, decided) if plan.signals else ((), [*decided, *choice])
         inputs = Inputs(
-            vectors, norm, EPS, stream, added, logits, bias, ids if plan.router else None,
-            chosen if plan.router else None, scale or 0.0,
+            given, norm, EPS, stream, added, logits, bias, ids if plan.router else None,
+            chosen if plan.router else None, words if plan.signals else None, scale or 0.0,
         )  # fmt: skip
         cuda_products.run(plan, weights, outs, inputs, cut)
+        assert words.tolist() == words_after(plan)
         if here:
             assert ids.tolist() == want_ids
             torch.testing.assert_close(chosen, want_weights, rtol=2e-6, atol=0)
         results = [*outs, chosen]
-        for out, (want, off) in zip(outs, wants, strict=True):
-            wrong = ~((out.double().view(-1) - want).abs() <= off)  # NaN is wrong, too
-            assert not wrong.any(), (blocks, seed, wrong.nonzero().view(-1)[:20].tolist(), out.view(-1)[wrong][:8])
+        for part, out, (want, off) in zip(plan.parts, outs, wants, strict=True):
+            got = as_is(out.double(), part.ready).view(-1)
+            wrong = ~((got - want).abs() <= off)  # NaN is wrong, too
+            assert not wrong.any(), (blocks, seed, wrong.nonzero().view(-1)[:20].tolist(), got[wrong][:8])
         if first:
             assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True)), (blocks, seed)
         first = results
     return want_ids, want_weights
-
-
-def tall(part: Part, eights: int) -> Part:
-    """A part whose jobs have so many eights of rows."""
-    change: dict[str, Any] = {"eights": eights}
-    return replace(part, **change)
 
 
 SINGLE = [
@@ -221,25 +268,26 @@ def test_a_matrix(machine: Machine, bits: int, columns: int) -> None:
     cut, to = CUTS[at % len(CUTS)], TARGETS[(at + at // 6) % len(TARGETS)]
     normed = at % 5 == 2
     rows = 108 if bits == 4 else 107  # scales of a last tile's rows must be whole sixteens of bytes
-    plan = Plan((Part(bits, rows, columns, to=to),), (Vector(bits, columns, normed=normed),))
+    ready = not normed and at % 2 == 1
+    plan = Plan((Part(bits, rows, columns, to=to),), (Vector(bits, columns, normed=normed, ready=ready),))
     check(machine, plan, cut, addend=to == "STREAM" and at % 2 == 0)
 
 
 @pytest.mark.parametrize("eights", EIGHTS)
 @pytest.mark.parametrize(("bits", "columns"), [(4, 448), (8, 320), (16, 64), (16, 1536), (32, 192)])
 def test_a_matrix_of_tall_jobs(machine: Machine, bits: int, columns: int, eights: int) -> None:
-    plan = Plan((tall(Part(bits, 108, columns, to="STREAM"), eights),), (Vector(bits, columns),))
+    plan = Plan((Part(bits, 108, columns, to="STREAM", eights=eights),), (Vector(bits, columns),))
     check(machine, plan, Cut(2, 4), addend=True)
 
 
 @pytest.mark.parametrize("eights", EIGHTS)
 def test_parts_of_tall_jobs(machine: Machine, eights: int) -> None:
     """Of experts, next to a matrix of jobs that are less tall; and their sum."""
-    up = tall(Part(4, 52, 192, to="SQUARED", copies=3), eights)
+    up = Part(4, 52, 192, to="SQUARED", copies=3, eights=eights)
     vectors = (Vector(4, 192, normed=True), Vector(8, 320, source=1))
     check(machine, Plan((Part(8, 50, 320, vector=1), up), vectors, Router(24, 3, True, True)), Cut(2, 6))
-    down = tall(Part(4, 84, 448, to="STREAM", copies=5, summed=True), eights)
-    check(machine, Plan((down,), (Vector(4, 448, copies=5),), Router(24, 5, True, False)), Cut(2, 4), addend=True)
+    down = Part(4, 84, 448, to="STREAM", copies=5, summed=True, eights=eights)
+    check(machine, Plan((down,), (Vector(4, 448, none=True),), Router(24, 5, True, False)), Cut(2, 4), addend=True)
 
 
 @pytest.mark.parametrize("addend", [False, True])
@@ -336,18 +384,94 @@ def test_experts_chosen_before(machine: Machine, bits: int, columns: int) -> Non
 def test_summed_experts(machine: Machine, bits: int, columns: int, top_k: int, cut: Cut) -> None:
     plan = Plan(
         (Part(bits, 44, columns, to="STREAM", copies=top_k, summed=True),),
-        (Vector(bits, columns, copies=top_k),),
+        (Vector(bits, columns, none=True),),
         Router(24, top_k, True, False),
     )
     check(machine, plan, cut, addend=columns % 128 == 64)
 
 
-@pytest.mark.xfail(
-    strict=False, reason="a lane of produce() may miss a phase: __syncwarp() is wanted before a refill"
-)
 @pytest.mark.parametrize("cut", [Cut(2, 6), Cut(2, 4)])
 def test_lanes_do_not_count_on_one_another(machine: Machine, cut: Cut) -> None:
     machine.apart = True
     check(machine, Plan((Part(32, 107, 1024, to="FLOAT"),), (Vector(32, 1024),)), cut)
     experts = Part(4, 44, 192, to="STREAM", copies=6, summed=True)
-    check(machine, Plan((experts,), (Vector(4, 192, copies=6),), Router(24, 6, True, False)), cut)
+    check(machine, Plan((experts,), (Vector(4, 192, none=True),), Router(24, 6, True, False)), cut)
+
+
+@pytest.mark.parametrize(
+    ("bits", "columns", "eights"), [(4, 64, 4), (4, 320, 1), (8, 320, 2), (16, 64, 1), (32, 320, 1)]
+)
+def test_results_and_vectors_that_are_ready(machine: Machine, bits: int, columns: int, eights: int) -> None:
+    """For each format: of a matrix, of another that takes a ready vector, and of experts."""
+    parts = (
+        Part(4, 72, columns, vector=1, ready=bits, eights=eights),
+        Part(bits, 40, columns, to="SQUARED", ready=12 - bits if bits < 16 else 4, eights=eights),
+    )
+    check(machine, Plan(parts, (Vector(bits, columns, ready=True), Vector(4, columns, source=1))), Cut(2, 4))
+    experts = Part(bits, 24, columns, to="SQUARED", copies=3, ready=bits, eights=eights)
+    check(machine, Plan((experts,), (Vector(bits, columns, ready=True),), Router(9, 3, True, False)), Cut(4, 4))
+    down = Part(bits, 24, columns, copies=3, summed=True, ready=bits, eights=eights)
+    check(machine, Plan((down,), (Vector(bits, columns, none=True),), Router(9, 3, False, False)), Cut(2, 2))
+
+
+def mixture(experts: int, top_k: int, eights: int, latent: bool) -> tuple[Plan, Plan, Plan]:
+    """The launches that tell each other how far they are."""
+    gate = Part(32, experts, 448, to="FLOAT", eights=eights)
+    router = [Router(experts, top_k, True, here) for here in (True, False)]
+    jobs = -(-experts // (8 * eights))
+    front = (gate, Part(8, 100, 448, vector=1, to="SQUARED", ready=8), Part(8, 64, 448, vector=1, ready=4))
+    normed = (Vector(32, 448, normed=True), Vector(8, 448, normed=True))
+    width = 64 if latent else 448
+    up = (Part(8, 50, 320, vector=1), Part(4, 192, width, to="SQUARED", copies=top_k, ready=4, eights=eights))
+    vectors = (Vector(4, width, normed=not latent, ready=latent), Vector(8, 320, source=1, ready=True))
+    down = Part(4, 84 if not latent else 64, 192, to="BF16" if latent else "STREAM", copies=top_k, summed=True)
+    return (
+        Plan(front[: 2 + latent], normed, signals=jobs),
+        Plan(up, vectors, router[0], jobs),
+        Plan((down,), (Vector(4, 192, none=True),), router[1], jobs),
+    )
+
+
+@pytest.mark.parametrize(("experts", "top_k", "eights", "latent"), [(128, 6, 1, False), (64, 22, 4, True)])
+def test_launches_that_tell_each_other(
+    machine: Machine, experts: int, top_k: int, eights: int, latent: bool
+) -> None:
+    """What a signal stands for is there before the rest of what the launch in front writes."""
+    front, up, down = mixture(experts, top_k, eights, latent)
+    for apart in (False, True):
+        machine.apart = apart
+        check(machine, front, Cut(2, 6))
+        check(machine, up, Cut(2, 2))
+        check(machine, down, Cut(2, 4), addend=not latent)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_signal_that_never_comes(machine: Machine, monkeypatch: pytest.MonkeyPatch, which: int) -> None:
+    plan = mixture(24, 4, 1, False)[which]
+    before = words_before(plan)
+    before[which - 1] -= 1
+    monkeypatch.setattr(sys.modules[__name__], "words_before", lambda _: before.clone())  # pyright: ignore[reportUnknownLambdaType]
+    with pytest.raises(Fault, match="waits for ever: a signal"):
+        check(machine, plan, Cut(2, 2))
+
+
+@pytest.mark.parametrize(("which", "call"), [(0, "signal_add(a.signals);"), (1, "signal_add(a.signals + 1);")])
+def test_a_signal_that_is_not_given(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, which: int, call: str
+) -> None:
+    text = nvrtc.source("products.cu")
+    assert text.count(call) == 1
+    monkeypatch.setattr(nvrtc, "source", lambda _: text.replace(call, ";"))  # pyright: ignore[reportUnknownLambdaType]
+    with pytest.raises(AssertionError):
+        check(machine, mixture(24, 4, 1, False)[which], Cut(2, 2))
+
+
+@pytest.mark.parametrize(("which", "early"), [(1, "while (signal_of("), (2, "while (signal_of(")])
+def test_what_is_read_before_its_signal_is_seen(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, which: int, early: str
+) -> None:
+    text = nvrtc.source("products.cu")
+    assert text.count(early) == 1
+    monkeypatch.setattr(nvrtc, "source", lambda _: text.replace(early, "if (0) while (signal_of("))  # pyright: ignore[reportUnknownLambdaType]
+    with pytest.raises((AssertionError, Fault)):
+        check(machine, mixture(24, 4, 1, False)[which], Cut(2, 2))

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from compiling import compiled
@@ -15,11 +16,17 @@ from nanoserve import doctor_compile
 from nanoserve.cli import main
 from nanoserve.compile_job import Job, Row
 from nanoserve.doctor_compile import Missing, compile_kernels, verdict
+from nanoserve.kernels import nvrtc
 from nanoserve.kernels.cubin import resources
 from nanoserve.kernels.flashinfer_compile import refusal
 
 needs_dsl = pytest.mark.skipif(
     not (find_spec("flashinfer") and find_spec("cutlass")), reason="FlashInfer or the CuTe DSL is not installed"
+)
+
+needs_nvrtc = pytest.mark.skipif(
+    nvrtc.missing() is not None and os.environ.get("CI") != "true",
+    reason="NVRTC or cuda-bindings is not installed",
 )
 
 ROW = Row("sm_120a", "nanoserve", "moe", "up_kernel", "nano", 1, 80, 0, 101_376, {})
@@ -81,6 +88,7 @@ def test_jobs_that_fail_are_told_and_the_others_go_on(monkeypatch: pytest.Monkey
         return ([] if fault else [replace(ROW, architecture=job.architecture, kernel=job.family)]), fault
 
     monkeypatch.setattr(doctor_compile, "run_job", run)
+    monkeypatch.setattr(nvrtc, "missing", lambda: None)
     seen: list[tuple[int, int, int]] = []
 
     def progress(done: int, total: int, kernels: int) -> None:
@@ -88,15 +96,53 @@ def test_jobs_that_fail_are_told_and_the_others_go_on(monkeypatch: pytest.Monkey
 
     report = compile_kernels(("sm_90", "sm_120"), progress, shapes=("nano",), workers=1)
     assert [(job.architecture, job.family) for job in ran] == [
-        (chip, family) for chip in ("sm_90", "sm_120") for family in ("decode", "weights", "prefill")
+        (chip, family) for chip in ("sm_90", "sm_120") for family in ("decode", "weights", "prefill", "cuda")
     ]
-    assert seen[-1] == (6, 6, 4)
+    assert seen[-1] == (8, 8, 6)
     assert not report.sound
     assert [m.fault for m in report.missing] == [False, False, True, True]
     text = report.text()
     assert "FAILED: prefill for sm_90: ptxas fatal" in text
     assert "not compiled: FlashInfer's expert kernels for sm_120" in text
     assert json.loads(json.dumps(report.data()))["kernels"][0]["verdict"] == "fits"
+
+
+def _nothing(done: int, total: int, kernels: int) -> None:
+    """Of a run's progress."""
+
+
+def test_without_nvrtc_its_kernels_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(job: Job) -> tuple[list[Row], Missing | None]:
+        return [replace(ROW, architecture=job.architecture)], None
+
+    monkeypatch.setattr(doctor_compile, "run_job", run)
+    monkeypatch.setattr(nvrtc, "missing", lambda: "no library: pip install it")
+    report = compile_kernels(("sm_90",), _nothing, families=("decode", "cuda"), shapes=("nano",), workers=1)
+    assert not report.sound
+    assert "FAILED: our CUDA C++ kernels for sm_90: no library: pip install it" in report.text()
+    assert compile_kernels(("sm_90",), _nothing, families=("decode",), shapes=("nano",), workers=1).sound
+
+
+def test_what_nvrtc_lacks_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_library() -> None:
+        raise RuntimeError("Failure finding libnvrtc.so.13")
+
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert "pip install cuda-bindings" in str(nvrtc.missing())
+    bindings = ModuleType("cuda.bindings")
+    monkeypatch.setattr(bindings, "nvrtc", SimpleNamespace(nvrtcVersion=no_library), raising=False)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    assert "pip install nvidia-cuda-nvrtc" in str(nvrtc.missing())
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("architecture", "shape"), [("sm_90", "lightning"), ("sm_121a", "nano")])
+def test_kernels_of_cuda_are_listed(architecture: str, shape: str) -> None:
+    rows = compiled(architecture, "cuda", shape)
+    ops = {"norm_linears", "linear_add", "moe_add", "head"}
+    assert {(row.op, row.kernel) for row in rows} == {(op, "products") for op in ops} | {("mamba_decode", "mamba")}
+    assert all(row.origin == "nanoserve" and row.spilled == 0 and row.shared > 1024 for row in rows)
 
 
 def test_a_crash_of_the_compiler_is_a_row_that_says_so() -> None:

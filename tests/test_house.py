@@ -57,7 +57,7 @@ FLOORS = (
         "bench_command",
     },
     {
-        *("probes", "compile_job", "doctor_compile", "doctor_environment"),
+        *("probes", "cuda_launches", "compile_job", "doctor_compile", "doctor_environment"),
         *("doctor_options", "doctor_report", "doctor_command"),
     },
     {"routes"},
