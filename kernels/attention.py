@@ -48,6 +48,14 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, cache: LayerKV, page_table: Tensor, positions: Tensor
+) -> Tensor:
+    """`kv_append` of a few tokens, and their `attention`."""
+    kv_append(k, v, cache, page_table, positions)
+    return attention(q, cache, page_table, positions)
+
+
 def attention(q: Tensor, cache: LayerKV, page_table: Tensor, positions: Tensor) -> Tensor:
     """Softmax(q k / sqrt(head_dim)) v over every position up to each query's own.
 

@@ -18,7 +18,7 @@ class _Arguments(ctypes.Structure):
 
 
 def cut(group_rows: int) -> tuple[int, int] | None:
-    """Blocks that share a group of so many rows, and warps of a block: two rows a lane's eighth where that can be."""
+    """Blocks that share a group of so many rows, and warps of a block; None where no cut fits."""
     for blocks, warps in ((8, 16), (8, 8), (4, 8), (2, 8), (1, 8), (1, 4), (1, 2), (1, 1)):
         if group_rows % (blocks * 4 * warps) == 0 and (warps < 16 or group_rows == blocks * 8 * warps):
             return blocks, warps
@@ -26,7 +26,7 @@ def cut(group_rows: int) -> tuple[int, int] | None:
 
 
 def mamba_decode(projected: Tensor, weights: MambaWeights, state: MambaState) -> Tensor:
-    """`nanoserve.kernels.mamba.mamba_decode`; several tokens, and other shapes than the released, take Triton's."""
+    """`nanoserve.kernels.mamba.mamba_decode`; several tokens, and shapes that do not fit, take Triton's."""
     heads, size, states = state.ssm.shape
     inner = heads * size
     groups = (len(weights.conv) - inner) // (2 * states)

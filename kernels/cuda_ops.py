@@ -67,13 +67,13 @@ def mlp_add(stream: Tensor, norm: Norm, up: Weight, down: Weight) -> Tensor:
     return new
 
 
-def head(x: Tensor, weight: Weight) -> Tensor:
-    """`nanoserve.kernels.linear.linear_f32`, in one launch."""
-    found = _matrices(x, weight)
+def head(stream: Tensor, norm: Norm, weight: Weight, out: Tensor | None = None) -> Tensor:
+    """`nanoserve.kernels.fused.head`, in one launch."""
+    found = _matrices(stream, weight)
     if found is None:
-        return triton_linear.linear_f32(x, weight)
-    logits = torch.empty((1, found[0].rows), device=x.device)
-    _run(plans.plain(found[0], "FLOAT", ready=False), (weight,), (logits,), Inputs((x.contiguous(),)))
+        return triton_linear.head(stream, norm, weight, out)
+    logits = torch.empty((1, found[0].rows), device=stream.device) if out is None else out
+    _run(plans.normed(found, ("FLOAT",), (0,)), (weight,), (logits,), Inputs((stream,), norm.weight, norm.eps))
     return logits
 
 
@@ -83,7 +83,8 @@ def moe_add(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
     The router, the shared expert's first product and the latent's; the choice, the shared expert's second product
     and the experts' first; the experts' second. Of equal scores the lower expert's number is taken first.
     """
-    gate, latent = Plain(w.gate), (w.latent_in, w.latent_out) if w.latent_in and w.latent_out else ()
+    gate = Plain(w.gate)
+    latent = [weight for weight in (w.latent_in, w.latent_out) if weight]
     found = _matrices(stream, gate, w.shared_up, w.shared_down, w.up, w.down, *latent)
     if found is None or w.top_k > MOST:
         return triton_experts.moe_add(stream, norm, w)
@@ -97,24 +98,41 @@ def moe_add(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
     inputs = Inputs((stream,), norm.weight, norm.eps)
     front, weights, outs = (gated, shared_up), (gate, w.shared_up), (logits, shared)
     narrow = stream
-    if around:
+    if w.latent_in:
         (narrow,) = _room(stream, around[0].rows)
-        front, weights, outs = (*front, around[0]), (*weights, latent[0]), (*outs, narrow)
+        front, weights, outs = (*front, around[0]), (*weights, w.latent_in), (*outs, narrow)
     order, signals = (0, shared_down.bits, up.bits)[: len(front)], plans.jobs(gated)
     first = plans.normed(front, ("FLOAT", "SQUARED", "BF16")[: len(front)], order, signals)
     _run(first, weights, outs, replace(inputs, signals=words))
     here, before = (Router(count, w.top_k, w.normalize, here) for here in (True, False))
     choice = Inputs(
-        (narrow, shared), norm.weight, norm.eps, logits=logits, bias=w.bias, ids=ids, chosen=chosen, scale=w.scale,
+        (narrow, shared),
+        norm.weight,
+        norm.eps,
+        logits=logits,
+        bias=w.bias,
+        ids=ids,
+        chosen=chosen,
+        scale=w.scale,
         signals=words,
     )
-    _run(plans.up(shared_down, up, here, signals, latent=bool(around)), (w.shared_down, w.up), (added, hidden), choice)
-    if not around:
+    _run(
+        plans.up(shared_down, up, here, signals, latent=bool(around)),
+        (w.shared_down, w.up),
+        (added, hidden),
+        choice,
+    )
+    if not w.latent_out:
         ends = Inputs((hidden,), stream=stream, addend=added, ids=ids, chosen=chosen, signals=words)
         _run(plans.down(down, before, "STREAM", 0, signals), (w.down,), (new,), ends)
         return new
     (routed,) = _room(stream, down.rows)
     middle = Inputs((hidden,), ids=ids, chosen=chosen, signals=words)
     _run(plans.down(down, before, "BF16", around[1].bits, signals), (w.down,), (routed,), middle)
-    _run(plans.plain(around[1], "STREAM", ready=True), (latent[1],), (new,), Inputs((routed,), stream=stream, addend=added))
+    _run(
+        plans.plain(around[1], "STREAM", ready=True),
+        (w.latent_out,),
+        (new,),
+        Inputs((routed,), stream=stream, addend=added),
+    )
     return new

@@ -1,10 +1,7 @@
-"""Which launches of cuda/products.cu an op takes for one token, from the shapes and formats of its weights alone."""
+"""Which launches of cuda/products.cu an op takes for one token, from its weights' shapes and formats alone."""
 
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
-
-import torch
 
 from nanoserve.kernels.cuda_products import BITS, Cut, Part, Plan, Router, To, Vector
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
@@ -27,7 +24,7 @@ class Matrix:
 
     @property
     def able(self) -> bool:
-        """Whether the kernel reads it: rows are whole sixteens of bytes, and whole steps where zeros are no way out."""
+        """Whether the kernel reads it: rows of whole sixteens of bytes, or of whole steps where it must be."""
         row = self.columns * self.bits // 8
         if self.bits == 4:
             return self.columns % 64 == 0 and row <= LONGEST_ROW
@@ -42,7 +39,7 @@ def matrix(weight: Weight) -> Matrix | None:
         case Fp8(data):
             return Matrix(8, data.shape[-2], data.shape[-1])
         case Plain(data):
-            bits = BITS.get(cast("torch.dtype", data.dtype))
+            bits = BITS.get(data.dtype)
             return Matrix(bits, data.shape[-2], data.shape[-1]) if bits else None
 
 
@@ -56,7 +53,9 @@ def eights(m: Matrix) -> int:
     return 4 if m.bits == 4 and m.columns <= 1280 else 2 if m.columns * m.bits <= 1024 * 16 and m.bits > 4 else 1
 
 
-def part(m: Matrix, vector: int = 0, to: To = "BF16", copies: int = 0, *, summed: bool = False, ready: int = 0) -> Part:
+def part(
+    m: Matrix, vector: int = 0, to: To = "BF16", copies: int = 0, *, summed: bool = False, ready: int = 0
+) -> Part:
     """A matrix as a part of a launch."""
     return Part(m.bits, m.rows, m.columns, vector, to, copies, summed, eights(m), ready)
 
@@ -87,17 +86,24 @@ def up(shared_down: Matrix, m: Matrix, router: Router, signals: int, *, latent: 
 
 @cache
 def down(m: Matrix, router: Router, to: To, after: int, signals: int) -> Plan:
-    """The chosen experts' second product and weighted sum; ``after``: bits of the weights that will meet it, or 0."""
+    """The chosen experts' second product and weighted sum; ``after``: bits of what will meet it, or 0."""
     experts = part(m, to=to, copies=router.top_k, summed=True, ready=after)
     return Plan((experts,), (Vector(m.bits, m.columns, none=True),), router, signals)
 
 
 @cache
 def cut(plan: Plan, major: int) -> Cut:
-    """How a launch is cut on a chip: so that two launches share a multiprocessor, the next one's weights on their way."""
+    """How a launch is cut on a chip: so that the next one has room beside it, and its weights are on their way."""
     room = SHARED[major]
     most = room - 24 * OWN if major == 9 else room // 2 - OWN
-    for limit, groups, stages in ((most, 2, 6), (most, 2, 4), (most, 2, 2), (most, 1, 2), (room - OWN, 2, 2), (room - OWN, 1, 1)):
+    for limit, groups, stages in (
+        (most, 2, 6),
+        (most, 2, 4),
+        (most, 2, 2),
+        (most, 1, 2),
+        (room - OWN, 2, 2),
+        (room - OWN, 1, 1),
+    ):
         if plan.shared(Cut(groups, stages)) <= limit:
             return Cut(groups, stages)
     raise ValueError(f"no cut of {plan} fits {room} bytes of shared memory")

@@ -141,7 +141,12 @@ class Plan:
         """Bytes of shared memory of a block, as products.cu lays it out."""
         vectors = sum(_up_to(x.columns, 1024 // x.bits) * 2 for x in self.vectors if not x.none)
         keys = self.router.experts * 16 if self.router and self.router.here else 0
-        ring = _up_to(_up_to(768 + cut.stages * cut.groups * GROUP * max(x.eights for x in self.parts) * 32 + keys, 128) + 256 + vectors, 128)
+        ring = _up_to(
+            _up_to(768 + cut.stages * cut.groups * GROUP * max(x.eights for x in self.parts) * 32 + keys, 128)
+            + 256
+            + vectors,
+            128,
+        )
         return ring + cut.stages * max(_stage_bytes(part) for part in self.parts)
 
     @property

@@ -43,7 +43,7 @@ def attend(tokens: int, kv_dtype: torch.dtype, chip: tuple[int, int]) -> None:
     k, v = (empty(tokens, 2, 128) for _ in range(2))
     triton_attention.kv_append(k, v, cache, table, positions)
     q = empty(tokens, 32, 128)
-    triton_attention.attention_decode(q, cache, table, positions, TILES[chip]["attention_decode"])
+    triton_attention.attend(q, cache, table, positions, TILES[chip]["attention_decode"])
 
 
 def draw(chip: tuple[int, int]) -> None:

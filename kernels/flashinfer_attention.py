@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanoserve.errors import BackendError
-from nanoserve.kernels import flashinfer_ops
+from nanoserve.kernels import flashinfer_ops, triton_attention
 from nanoserve.kernels.attention import LayerKV
 
 GROUP, SIZE, PAGES = 16, 128, (16, 32, 64, 128)
@@ -20,7 +20,15 @@ _ALIGNED = SIZE * GROUP * 2
 """Bytes of a part's output, to a multiple of which the kernel aligns them."""
 
 
-def attention_decode(q: Tensor, cache: LayerKV, page_table: Tensor, positions: Tensor) -> Tensor:
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, cache: LayerKV, page_table: Tensor, positions: Tensor
+) -> Tensor:
+    """As `nanoserve.kernels.attention.attention_decode`; keys and values are added by the Triton column."""
+    triton_attention.kv_append(k, v, cache, page_table, positions)
+    return attend(q, cache, page_table, positions)
+
+
+def attend(q: Tensor, cache: LayerKV, page_table: Tensor, positions: Tensor) -> Tensor:
     """As `nanoserve.kernels.attention.attention`, for BF16 queries: a launch a token.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nanoserve.kernels.linear import Weight, linear, relu2
+from nanoserve.kernels.linear import Weight, linear, linear_f32, relu2
 from nanoserve.kernels.moe import experts
 from nanoserve.kernels.norm import norm as rms_norm
 from nanoserve.kernels.router import router
@@ -67,6 +67,22 @@ def norm_linears(stream: Tensor, norm: Norm, weights: tuple[Weight, ...]) -> tup
     """Several weights [N, H] over the norm of the residual stream [T, H]: their `linear`, each [T, N]."""
     x = rms_norm(stream, norm.weight, norm.eps)
     return tuple(linear(x, weight) for weight in weights)
+
+
+def head(stream: Tensor, norm: Norm, weight: Weight, out: Tensor | None = None) -> Tensor:
+    """Logits: the last weight over the norm of the residual stream.
+
+    Args:
+        stream: [T, H].
+        norm: the final one.
+        weight: [V, H].
+        out: where they go, float32 [T, V]; None for a new tensor.
+
+    Returns:
+        float32 [T, V], sums as they are: logits are never rounded.
+    """
+    logits = linear_f32(rms_norm(stream, norm.weight, norm.eps), weight)
+    return logits if out is None else out.copy_(logits)
 
 
 def linear_add(x: Tensor, weight: Weight, stream: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Kernels in CUDA C++: compiled for a chip and a shape by NVRTC, which torch for CUDA brings, and kept on disk.
 
-Their sources stand under cuda/. What a kernel is for (rows, columns, formats) is compiled into it, so that nothing is
-computed when it runs that could be known before.
+Their sources stand under cuda/. What a kernel is for (rows, columns, formats) is compiled into it, so that
+nothing is computed when it runs that could be known before.
 """
 
 # cuda.bindings has no types.
@@ -81,7 +81,7 @@ def missing() -> str | None:
 
 
 def source(name: str) -> str:
-    """A kernel's source as one text: every file that it includes, once, in the place where it is first included."""
+    """A kernel's source as one text: every file that it includes, once, where it is first included."""
     seen: set[str] = set()
 
     def text(file: str) -> str:
@@ -133,28 +133,50 @@ def compiled(name: str, chip: tuple[int, int], defines: Mapping[str, str]) -> by
     return code
 
 
-def load(name: str, defines: Mapping[str, str], threads: int, shared: int, device: torch.device) -> Kernel:
-    """A kernel on a device; each is loaded once in a process.
+def even(function: int) -> None:
+    """Let a loaded kernel want all of a multiprocessor's memory as shared memory.
+
+    A multiprocessor must be idle before it divides its memory in another way. Launches that want it divided
+    differently therefore do not overlap.
+    """
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    checked(driver.cuFuncSetAttribute(driver.CUfunction(function), attribute, 100))
+
+
+def load(
+    name: str,
+    defines: Mapping[str, str],
+    threads: int,
+    shared: int,
+    device: torch.device,
+    function: str = "",
+) -> Kernel:
+    """A kernel on a device, by default of its file's name; each is loaded once in a process.
 
     Raises:
         BackendError: it does not compile or load.
     """
-    return _load(name, tuple(defines.items()), threads, shared, device)
+    return _load(name, tuple(defines.items()), threads, shared, device, function or Path(name).stem)
 
 
 @cache
 def _load(
-    name: str, defines: tuple[tuple[str, str], ...], threads: int, shared: int, device: torch.device
+    name: str,
+    defines: tuple[tuple[str, str], ...],
+    threads: int,
+    shared: int,
+    device: torch.device,
+    function: str,
 ) -> Kernel:
     from cuda.bindings import driver
 
     torch.cuda.current_stream(device).synchronize()  # the device's context is the current one from here on
     code = compiled(name, torch.cuda.get_device_capability(device), dict(defines))
     module = checked(driver.cuModuleLoadData(code))
-    function = checked(driver.cuModuleGetFunction(module, Path(name).stem.encode()))
+    handle = checked(driver.cuModuleGetFunction(module, function.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    checked(driver.cuFuncSetAttribute(function, attribute, shared))
-    # Launches that want another split of cache and shared memory do not overlap: a multiprocessor must be idle first.
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-    checked(driver.cuFuncSetAttribute(function, attribute, 100))
-    return Kernel(function, threads, shared)
+    checked(driver.cuFuncSetAttribute(handle, attribute, shared))
+    even(int(handle))
+    return Kernel(handle, threads, shared)

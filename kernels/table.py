@@ -51,8 +51,8 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
     },
     "head": {
         "cuda": "nanoserve.kernels.cuda_ops:head",
-        "triton": "nanoserve.kernels.triton_linear:linear_f32",
-        "torch": "nanoserve.kernels.linear:linear_f32",
+        "triton": "nanoserve.kernels.triton_linear:head",
+        "torch": "nanoserve.kernels.fused:head",
     },
     "norm_linears": {
         "cuda": "nanoserve.kernels.cuda_ops:norm_linears",
@@ -99,9 +99,10 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
         "torch": "nanoserve.kernels.attention:attention",
     },
     "attention_decode": {
+        "cuda": "nanoserve.kernels.cuda_attention:attention_decode",
         "triton": "nanoserve.kernels.triton_attention:attention_decode",
         "xqa": "nanoserve.kernels.flashinfer_attention:attention_decode",
-        "torch": "nanoserve.kernels.attention:attention",
+        "torch": "nanoserve.kernels.attention:attention_decode",
     },
     "router": {
         "triton": "nanoserve.kernels.triton_experts:router",
@@ -167,7 +168,7 @@ class Ops:
     linear_plain: Callable[[Tensor, Weight], Tensor]
     linear_fp8: Callable[[Tensor, Weight], Tensor]
     linear_nvfp4: Callable[[Tensor, Weight], Tensor]
-    head: Callable[[Tensor, Weight], Tensor]
+    head: Callable[[Tensor, Norm, Weight, Tensor | None], Tensor]
     norm_linears: Callable[[Tensor, Norm, tuple[Weight, ...]], tuple[Tensor, ...]]
     linear_add: Callable[[Tensor, Weight, Tensor], Tensor]
     mlp_add: Callable[[Tensor, Norm, Weight, Weight], Tensor]
@@ -177,7 +178,7 @@ class Ops:
     mamba_decode: Callable[[Tensor, MambaWeights, MambaState], Tensor]
     kv_append: Callable[[Tensor, Tensor, LayerKV, Tensor, Tensor], None]
     attention_prefill: Attend
-    attention_decode: Attend
+    attention_decode: Callable[[Tensor, Tensor, Tensor, LayerKV, Tensor, Tensor], Tensor]
     router: Callable[[Tensor, Tensor, Tensor, int, float, bool], tuple[Tensor, Tensor]]
     experts_prefill: Experts
     experts_few: Experts

@@ -1,9 +1,12 @@
 """How the Triton kernels are cut for each chip: tuned choices as data, nothing is tried when an engine starts."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
+
+from nanoserve.kernels import nvrtc
 
 Tile = Mapping[str, int]
 
@@ -45,7 +48,15 @@ def dependent(device: torch.device, *, early: int = 0) -> dict[str, Any]:
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
     """Launch a Triton kernel, whose own types say nothing of a launch."""
-    kernel[grid](*arguments, **options)
+    compiled = kernel[grid](*arguments, **options)
+    if options.get("launch_pdl") and compiled is not None:  # nothing, where launches are only recorded
+        _like_the_others(int(compiled.function))
+
+
+@cache
+def _like_the_others(function: int) -> None:
+    """Let a kernel want as much shared memory as all that begin early, once it is loaded (see `nvrtc.even`)."""
+    nvrtc.even(function)
 
 
 def blocks(count: int, block: int) -> int:

@@ -16,6 +16,9 @@ from nanoserve.kernels.attention import LayerKV
 from nanoserve.kernels.tiles import Tile, dependent, launch, power_of_two, tile_of
 from nanoserve.kernels.triton_tile import producers_done
 
+EARLY = 3
+"""How early the launches here let the next one begin: see `producers_done`."""
+
 
 @triton.jit
 def _stored(x: tl.tensor, scale: tl.tensor, FP8: tl.constexpr) -> tl.tensor:
@@ -188,13 +191,19 @@ def kv_append(k: Tensor, v: Tensor, cache: LayerKV, page_table: Tensor, position
         append_kernel, (tokens,),
         k, v, k.stride(0), v.stride(0), cache.k, cache.v, page_table, positions, cache.k_scale, cache.v_scale,
         width, cache.k.shape[1], power_of_two(width), cache.k.dtype == torch.float8_e4m3fn,
-        num_warps=4, **dependent(k.device),
+        num_warps=4, **dependent(k.device, early=EARLY),
     )  # fmt: skip
 
 
 def attention_decode(
-    q: Tensor, cache: LayerKV, page_table: Tensor, positions: Tensor, tile: Tile | None = None
+    q: Tensor, k: Tensor, v: Tensor, cache: LayerKV, page_table: Tensor, positions: Tensor
 ) -> Tensor:
+    """As `nanoserve.kernels.attention.attention_decode`, in three launches."""
+    kv_append(k, v, cache, page_table, positions)
+    return attend(q, cache, page_table, positions)
+
+
+def attend(q: Tensor, cache: LayerKV, page_table: Tensor, positions: Tensor, tile: Tile | None = None) -> Tensor:
     """As `nanoserve.kernels.attention.attention`; ``tile`` overrides the chip's."""
     tile = tile or tile_of("attention_decode", q.device)
     tokens, heads, dim = q.shape
@@ -212,12 +221,12 @@ def attention_decode(
         q, cache.k, cache.v, page_table, positions, sums, tops, weights,
         cache.k_scale * math.log2(math.e) / math.sqrt(dim),
         tokens, kv_heads, group, dim, page, splits, rows, block, block_d, tile["stages"], num_warps=warps,
-        **dependent(q.device),
+        **dependent(q.device, early=EARLY),
     )  # fmt: skip
     launch(
         combine_kernel, (tokens, heads,),
         positions, sums, tops, weights, out, cache.v_scale,
         tokens, kv_heads, group, dim, splits, block, power_of_two(splits), block_d, num_warps=8,
-        **dependent(q.device),
+        **dependent(q.device, early=EARLY),
     )  # fmt: skip
     return out

@@ -100,6 +100,12 @@ def linear_f32(x: Tensor, weight: Weight) -> Tensor:
     return products(x, (weight,), torch.float32)[0]
 
 
+def head(stream: Tensor, norm: Norm, weight: Weight, out: Tensor | None = None) -> Tensor:
+    """`nanoserve.kernels.fused.head`, in two launches."""
+    logits = linear_f32(normed(stream, norm), weight)
+    return logits if out is None else out.copy_(logits)
+
+
 def norm_linears(stream: Tensor, norm: Norm, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:
     """`nanoserve.kernels.fused.norm_linears`: two launches for up to three weights and few tokens."""
     return products(normed(stream, norm), weights, stream.dtype)

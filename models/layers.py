@@ -94,10 +94,12 @@ class Attention:
         kv, table = span.cache.kv[self.index], span.sequence.page_table
         projected = ops.norm_linears(stream, norm, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (m.unflatten(-1, (-1, c.head_dim)) for m in projected)
-        ops.kv_append(k, v, kv, table, span.positions)
-        attend = ops.attention_decode if span.decode else ops.attention_prefill
-        mixed = attend(q, kv, table, span.positions).flatten(1)
-        return ops.linear_add(mixed, self.o_proj, stream)
+        if span.decode:
+            mixed = ops.attention_decode(q, k, v, kv, table, span.positions)
+        else:
+            ops.kv_append(k, v, kv, table, span.positions)
+            mixed = ops.attention_prefill(q, kv, table, span.positions)
+        return ops.linear_add(mixed.flatten(1), self.o_proj, stream)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,16 +62,16 @@ class NemotronH:
             span: T tokens.
 
         Returns:
-            Hidden states after the final norm, [T, H].
+            The residual stream after the last layer, [T, H]: what `logits` reads.
         """
-        stream, last = self.embeddings[span.ids].to(self.dtype), self.norms[-1]
+        stream = self.embeddings[span.ids].to(self.dtype)
         for layer, norm in zip(self.layers, self.norms[:-1], strict=True):
             stream = layer(stream, norm, span)
-        return self.ops.norm(stream, last.weight, last.eps)
+        return stream
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[T, H] → float32 [T, V]."""
-        return self.ops.head(hidden, self.lm_head)
+    def logits(self, stream: Tensor, out: Tensor | None = None) -> Tensor:
+        """The stream [T, H] → float32 [T, V], in ``out`` if that is given."""
+        return self.ops.head(stream, self.norms[-1], self.lm_head, out)
 
 
 def _mixer(letter: str, config: NemotronHConfig, ops: Ops, index: int, own: dict[str, Any]) -> Mixer:

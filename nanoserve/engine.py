@@ -118,21 +118,21 @@ class Engine:
         budget = room if params.max_tokens is None else min(params.max_tokens, room)
         prompt = torch.tensor(request.prompt, dtype=torch.int64, device=self.device)
         with self.cache.sequence(len(request.prompt) + max(budget - 1, 0)) as sequence:
-            hidden = None
+            stream = None
             scores: list[TokenScore | None] = [None]
             for chunk in prompt.split(self.prefill_chunk):
                 if cancelled():
                     yield Finish("cancelled")
                     return
                 start = sequence.length
-                hidden = prefill(self.model, self.cache, sequence, chunk)
+                stream = prefill(self.model, self.cache, sequence, chunk)
                 if params.prompt_logprobs is not None:
                     following = prompt[start + 1 : start + 1 + len(chunk)]
-                    scores += self._score(hidden, following, params.prompt_logprobs)
+                    scores += self._score(stream, following, params.prompt_logprobs)
             if params.prompt_logprobs is not None:
                 yield PromptScores(tuple(scores))
-            if budget and hidden is not None:
-                yield from self._answer(request, prompt, budget, sequence, hidden[-1:], cancelled)
+            if budget and stream is not None:
+                yield from self._answer(request, prompt, budget, sequence, stream[-1:], cancelled)
             else:
                 yield Finish("length")
 
@@ -142,14 +142,14 @@ class Engine:
         prompt: Tensor,
         budget: int,
         sequence: Sequence,
-        hidden: Tensor,
+        stream: Tensor,
         cancelled: Cancelled,
     ) -> Generator[Event]:
         """Decode until an end token, the constraint's end, the budget, or cancellation."""
         params = request.sampling
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else self.end_ids)
         begin_sampling(self.sampler, params, prompt, ends)
-        begin_decode(self.model, sequence, hidden, self.buffers)
+        begin_decode(self.model, sequence, stream, self.buffers)
         # Making it is the host's work, as every mask is: done while the device runs what is queued.
         constraint = request.constraint() if request.constraint is not None else None
         steps = self.decoder
@@ -194,13 +194,13 @@ class Engine:
         ids = torch.tensor(request.prompt, dtype=torch.int64, device=self.device)
         prompt, answer = ids[: request.given], ids[request.given :]
         with self.cache.sequence(len(ids)) as sequence:
-            hidden = prompt
+            stream = prompt
             for chunk in prompt.split(self.prefill_chunk):
                 if cancelled():
                     yield Finish("cancelled")
                     return
-                hidden = prefill(self.model, self.cache, sequence, chunk)
-            begin_decode(self.model, sequence, hidden[-1:], self.buffers)
+                stream = prefill(self.model, self.cache, sequence, chunk)
+            begin_decode(self.model, sequence, stream[-1:], self.buffers)
             request.deliver(self._logprobs())
             for token in answer[:-1]:
                 if cancelled():
@@ -223,10 +223,10 @@ class Engine:
         ids = torch.tensor([token], device=self.device)
         return token_scores(self.buffers.logits.unsqueeze(0), ids, alternatives)[0]
 
-    def _score(self, hidden: Tensor, following: Tensor, alternatives: int) -> list[TokenScore]:
-        """Scores of the tokens that follow each hidden state; the last state may have none."""
+    def _score(self, stream: Tensor, following: Tensor, alternatives: int) -> list[TokenScore]:
+        """Scores of the tokens that follow those of the residual stream; the last may have none."""
         scores: list[TokenScore] = []
-        for rows, ids in zip(hidden[: len(following)].split(SCORE_ROWS), following.split(SCORE_ROWS), strict=True):
+        for rows, ids in zip(stream[: len(following)].split(SCORE_ROWS), following.split(SCORE_ROWS), strict=True):
             if len(ids):
                 logits = self.model.logits(rows)
                 if not bool(logits.isfinite().all()):

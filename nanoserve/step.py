@@ -28,11 +28,11 @@ def prefill(model: NemotronH, cache: Cache, sequence: Sequence, ids: Tensor) -> 
         ids: int64 [T].
 
     Returns:
-        Hidden states after the final norm [T, H].
+        The residual stream after the last layer [T, H].
     """
-    hidden = model.forward(span_of(ids, sequence, cache, decode=False))
+    stream = model.forward(span_of(ids, sequence, cache, decode=False))
     sequence.length += len(ids)
-    return hidden
+    return stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,9 @@ class DecodeBuffers:
 
 
 @torch.inference_mode()
-def begin_decode(model: NemotronH, sequence: Sequence, hidden: Tensor, buffers: DecodeBuffers) -> None:
-    """Set the buffers up, with the logits of the prompt's last hidden state [1, H]: the first `draw` is next."""
-    buffers.logits.copy_(model.logits(hidden)[0])
+def begin_decode(model: NemotronH, sequence: Sequence, stream: Tensor, buffers: DecodeBuffers) -> None:
+    """Set the buffers up, with the logits after the prompt's last token, of [1, H]: the first `draw` is next."""
+    model.logits(stream, buffers.logits.unsqueeze(0))
     buffers.positions.fill_(sequence.length)
 
 
@@ -80,6 +80,6 @@ def advance(model: NemotronH, cache: Cache, sequence: Sequence, buffers: DecodeB
     before the host read it must do no harm.
     """
     span = Span(buffers.ids, buffers.positions, sequence, cache, decode=True)
-    buffers.logits.copy_(model.logits(model.forward(span))[0])
+    model.logits(model.forward(span), buffers.logits.unsqueeze(0))
     buffers.positions.add_(1)
     sequence.length += 1

@@ -226,10 +226,9 @@ def check_attention(report: Report) -> None:
                     )
                     case = attention_case(tokens, length, heads, kv_heads, dim, kv)
                     want = attention.attention(*case)
-                    got = triton_attention.attention_decode(*case)
+                    got = triton_attention.attend(*case)
                     same = all(
-                        torch.equal(triton_attention.attention_decode(*case), got)
-                        for _ in range(0 if REHEARSE else 5)
+                        torch.equal(triton_attention.attend(*case), got) for _ in range(0 if REHEARSE else 5)
                     )
                     row: dict[str, Any] = {
                         "kv": str(kv), "heads": heads, "length": length, "tokens": tokens,
@@ -252,7 +251,7 @@ def time_attention(report: Report) -> None:
         moved = 2 * context * 2 * 128 * kv.itemsize
         for cut in cuts:
             own = dict(zip(("block", "programs", "warps", "stages"), cut, strict=True))
-            us = time_us([partial(triton_attention.attention_decode, *case, {**base, **own}) for case in cases])
+            us = time_us([partial(triton_attention.attend, *case, {**base, **own}) for case in cases])
             row = {"context": context, "kv": str(kv), **own, "us": us}
             rows.append({**row, "tb_s": moved / max(us, 1e-9) / 1e6})
     best(report, "attention_times", rows)

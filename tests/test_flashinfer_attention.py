@@ -12,7 +12,7 @@ from torch import Tensor
 from nanoserve.errors import BackendError
 from nanoserve.kernels import flashinfer_ops
 from nanoserve.kernels.attention import LayerKV, attention
-from nanoserve.kernels.flashinfer_attention import attention_decode, workspace_bytes
+from nanoserve.kernels.flashinfer_attention import attend, workspace_bytes
 from nanoserve.kernels.random_inputs import attention_inputs
 from nanoserve.kernels.requirements import TOLERANCES
 
@@ -77,7 +77,7 @@ def test_attention_is_the_reference_within_its_tolerance(
     record = Recorder()
     monkeypatch.setattr(flashinfer_ops, "xqa", lambda: xqa(record))
     q, cache, pages, positions = attention_inputs(tokens, max(length, tokens), (32, 2, 128), kv, CPU)
-    got = attention_decode(q, cache, pages, positions)
+    got = attend(q, cache, pages, positions)
     assert got.dtype == BF16
     assert difference(got, attention(q, cache, pages, positions)) < TOLERANCES["xqa"]
     assert [int(call["seq_lens"].view(torch.int32)) for call in record.calls["xqa"]] == (positions + 1).tolist()
@@ -100,7 +100,7 @@ def test_attention_is_refused_where_it_was_not_made_for(
     pool = torch.zeros(2, page, kv_heads, dim, dtype=kv)
     cache = LayerKV(pool, pool)
     with pytest.raises(BackendError, match="xqa"):
-        attention_decode(q, cache, torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+        attend(q, cache, torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
 
 
 def test_the_workspace_holds_what_the_kernel_leaves() -> None:

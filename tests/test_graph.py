@@ -89,7 +89,7 @@ def test_damaged_weights_are_told_though_steps_were_launched_ahead(plain: Engine
     head = plain.model.ops.head
 
     def broken(*args: Any) -> torch.Tensor:
-        return head(*args) * torch.nan
+        return head(*args).mul_(torch.nan)
 
     model = replace(plain.model, ops=replace(plain.model.ops, head=broken))
     other.decoder.model = model

@@ -18,7 +18,8 @@ from nanoserve.kernels.table import BACKENDS, Resolution, backends, describe, re
 SUPER = Experts("nvfp4", True, "relu2", 512, 22, 1024, 2688, 40)
 NANO = Experts("nvfp4", True, "relu2", 128, 6, 2688, 1856, 23)
 LIGHTNING = replace(NANO, input_scales=False)
-GOOD = {"triton": Package((3, 6, 0)), **{f"flashinfer.{part}": Package((0, 7, 4)) for part in PARTS}}
+OURS = {"triton": Package((3, 6, 0)), "cuda-bindings": Package((13, 0, 3))}
+GOOD = {**OURS, **{f"flashinfer.{part}": Package((0, 7, 4)) for part in PARTS}}
 CARD = Place("cuda", (12, 0), torch.bfloat16, GOOD, (13, 0), True, frozenset([FUSED_MOE]), SUPER)
 BUILT = ("mm_fp8", "mm_fp4", "ssu", "xqa")
 """Backends that nvcc builds a module for, whatever the experts are."""
@@ -143,7 +144,7 @@ def test_what_is_chosen_on_a_card() -> None:
     rows = chosen(CARD)
     assert rows["experts_prefill"].backend == "cutlass"
     assert rows["linear_nvfp4"].backend == "triton"
-    assert rows["moe_add"].backend == rows["experts_few"].backend == "triton"
+    assert (rows["moe_add"].backend, rows["experts_few"].backend) == ("cuda", "triton")
     others = dict(rows["moe_add"].rejected)
     assert {name: reason.code for name, reason in others.items()} == dict.fromkeys(("w4a16", "b12x"), Code.BY_NAME)
     assert "5446" in str(others["b12x"])
@@ -159,7 +160,7 @@ def test_what_is_chosen_on_a_card() -> None:
 )
 def test_what_no_card_has_checked_is_taken_by_name_alone(op: str, backend: str) -> None:
     automatic = chosen(CARD)[op]
-    assert automatic.backend == "triton"
+    assert automatic.backend in ("cuda", "triton")
     assert dict(automatic.rejected)[backend].code is Code.BY_NAME
     row = chosen(CARD, {op: backend})[op]
     assert (row.backend, row.reason) == (backend, f"chosen by name; {NUMERICS[backend]}")
@@ -184,8 +185,8 @@ def test_each_is_taken_by_name(op: str, backend: str) -> None:
     ("op", "backend", "place", "words"),
     [
         ("experts_prefill", "cutlass", replace(CARD, chip=(9, 0)), "this GPU has 9.0; able: triton, torch"),
-        ("moe_add", "b12x", replace(CARD, experts=NANO), "2688 × 1856; able: triton, w4a16, torch"),
-        ("moe_add", "cutlass", CARD, "has no backend 'cutlass'; it has triton, w4a16, b12x, torch"),
+        ("moe_add", "b12x", replace(CARD, experts=NANO), "2688 × 1856; able: cuda, triton, w4a16, torch"),
+        ("moe_add", "cutlass", CARD, "has no backend 'cutlass'; it has cuda, triton, w4a16, b12x, torch"),
         ("experts_few", "w4a16", Place("cpu", None, torch.bfloat16), "needs an NVIDIA GPU; able: torch"),
     ],
 )

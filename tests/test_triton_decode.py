@@ -117,7 +117,7 @@ def test_attention_is_the_reference(
     positions = torch.arange(length - tokens, length)
     q = torch.randn(tokens, heads, dim).to(dtype)
     want = attention.attention(q, cache, table, positions)
-    got = triton_attention.attention_decode(q, cache, table, positions, SMALL)
+    got = triton_attention.attend(q, cache, table, positions, SMALL)
     assert got.dtype == dtype
     # Of BF16 the last bit may differ: the sums before it are in another order.
     assert_close(got, want, rtol=1e-5 if dtype == F32 else 2**-7, atol=1e-5)
@@ -126,13 +126,13 @@ def test_attention_is_the_reference(
 def test_attention_looks_at_no_position_past_a_token() -> None:
     """What lies in the pages behind the sequence, and later tokens of the same call, must not count."""
     cache, table, q = cache_of(4, 2, 16, F32), torch.tensor([2, 0, 3, 1]).int(), torch.randn(3, 4, 16)
-    before = triton_attention.attention_decode(q, cache, table, torch.arange(20, 23), SMALL)
+    before = triton_attention.attend(q, cache, table, torch.arange(20, 23), SMALL)
     for page, slot in ((0, 7), (0, 8), (3, 0), (1, 5)):  # positions 23, 24, 32 and 53
         cache.k[page, slot] = 1e4
         cache.v[page, slot] = torch.nan
-    assert torch.equal(triton_attention.attention_decode(q, cache, table, torch.arange(20, 23), SMALL), before)
+    assert torch.equal(triton_attention.attend(q, cache, table, torch.arange(20, 23), SMALL), before)
     cache.k[0, 6], cache.v[0, 6] = 100.0, 100.0  # position 22
-    after = triton_attention.attention_decode(q, cache, table, torch.arange(20, 23), SMALL)
+    after = triton_attention.attend(q, cache, table, torch.arange(20, 23), SMALL)
     assert torch.equal(after[:2], before[:2])
     assert not torch.equal(after[2], before[2])
 

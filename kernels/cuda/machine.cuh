@@ -53,8 +53,8 @@ DEVICE void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                :: "r"(place(to)), "l"(from), "r"(bytes), "r"(place(barrier)) : "memory");
 }
-DEVICE void prefetch_bulk(const void* from, u32 bytes) {  // whole sixteens, to the second cache
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory");
+DEVICE void prefetch(const void* p) {  // its line, to the second cache
+  asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
 }
 // A barrier of so many of a block's threads.
 DEVICE void sync_some(u32 threads) { asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory"); }

@@ -29,7 +29,6 @@ DEVICE float silu(float v) { return v / (1 + __expf(-v)); }
 DEVICE float softplus(float v) { return fmaxf(v, 0) + log1pf(__expf(-fabsf(v))); }
 DEVICE float widened(u16 v) { return __uint_as_float((u32)v << 16); }
 
-DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 DEVICE Floats load_state(const float* p) {
   float4 v = __ldcg((const float4*)p);
   return {v.x, v.y, v.z, v.w};
