@@ -51,7 +51,13 @@ class _Recorder:
     seen: list[Launch] = field(default_factory=list[Launch])
 
     def load(
-        self, name: str, defines: dict[str, str], threads: int, shared: int, device: torch.device
+        self,
+        name: str,
+        defines: dict[str, str],
+        threads: int,
+        shared: int,
+        device: torch.device,
+        function: str = "",
     ) -> "_Recorder":
         self.seen.append(Launch(name, tuple(defines.items()), threads, shared))
         return self
@@ -100,7 +106,7 @@ def _ops(model: NemotronH) -> Iterator[str]:
     stream = torch.empty((1, model.config.hidden_size), dtype=torch.bfloat16, device=_META)
     for layer, norm in zip(model.layers, model.norms[:-1], strict=True):
         yield from _layer(model.config, layer, norm, stream)
-    cuda_ops.head(stream, model.lm_head)
+    cuda_ops.head(stream, model.norms[-1], model.lm_head)
     yield "head"
 
 

@@ -11,7 +11,7 @@ from cuda_on_cpu import HAS_COMPILER, CpuKernel, Machine
 from test_cuda_products import tensors_of, weight
 from torch import Tensor
 
-from nanoserve.kernels import cuda_ops, cuda_products, fused, linear, nvrtc, triton_experts, triton_linear
+from nanoserve.kernels import cuda_ops, cuda_products, fused, nvrtc, triton_experts, triton_linear
 from nanoserve.kernels.fused import SIGNALS, MoeWeights, Norm, tickets
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
 
@@ -227,11 +227,14 @@ def test_linear_add_and_head(step: Step, monkeypatch: pytest.MonkeyPatch, bits: 
     got = told_of(step, monkeypatch, lambda: cuda_ops.linear_add(x, w, stream))
     assert isinstance(got, Tensor)
     near(got, fused.linear_add(x, w, stream), stream.double())
-    give(step, None, x, w)
-    got = told_of(step, monkeypatch, lambda: cuda_ops.head(x, w))
-    assert isinstance(got, Tensor)
-    near(got, linear.linear_f32(x, w))
-    assert step.launches == 2
+    norm, own = norm_of(320), torch.full((1, 108), torch.nan)
+    for out in (None, own):
+        give(step, norm, x, w, out)
+        got = told_of(step, monkeypatch, lambda out=out: cuda_ops.head(x, norm, w, out))
+        assert isinstance(got, Tensor)
+        near(got, fused.head(x, norm, w))
+        assert out is None or got is out
+    assert step.launches == 3
 
 
 NO_WEIGHTS = {
@@ -249,7 +252,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Triton's column, which is only written down here; and no kernel of ours."""
     called: list[str] = []
     for module, names in (
-        (triton_linear, ("norm_linears", "linear_add", "mlp_add", "linear_f32")),
+        (triton_linear, ("norm_linears", "linear_add", "mlp_add", "head")),
         (triton_experts, ("moe_add",)),
     ):
         for name in names:
@@ -271,8 +274,8 @@ def test_odd_weights_are_tritons(triton: list[str], name: str) -> None:
     cuda_ops.linear_add(x, w, torch.zeros(1, 16).bfloat16())
     cuda_ops.mlp_add(x, norm, w, fine)
     cuda_ops.mlp_add(torch.zeros(1, 64).bfloat16(), norm_of(64), fine, w)
-    cuda_ops.head(x, w)
-    assert triton == ["norm_linears", "linear_add", "mlp_add", "mlp_add", "linear_f32"]
+    cuda_ops.head(x, norm, w)
+    assert triton == ["norm_linears", "linear_add", "mlp_add", "mlp_add", "head"]
 
 
 def test_several_tokens_and_other_types_are_tritons(triton: list[str]) -> None:
@@ -281,9 +284,9 @@ def test_several_tokens_and_other_types_are_tritons(triton: list[str]) -> None:
         cuda_ops.norm_linears(x, norm, (w,))
         cuda_ops.linear_add(x, w, x)
         cuda_ops.mlp_add(x, norm, w, w)
-        cuda_ops.head(x, w)
+        cuda_ops.head(x, norm, w)
     cuda_ops.norm_linears(torch.zeros(1, 64).bfloat16(), norm, (w, w, w, w))
-    assert triton == ["norm_linears", "linear_add", "mlp_add", "linear_f32"] * 2 + ["norm_linears"]
+    assert triton == ["norm_linears", "linear_add", "mlp_add", "head"] * 2 + ["norm_linears"]
 
 
 def test_mixtures_that_are_tritons(triton: list[str]) -> None:
