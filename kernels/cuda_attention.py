@@ -1,4 +1,4 @@
-"""Host side of cuda/attention.cu: one token's key and value into the cache, and its attention, in two launches."""
+"""Host side of cuda/attention_split.cu and attention_combine.cu: one token's key and value into the cache, and its attention, in two launches."""
 
 import ctypes
 import math
@@ -42,8 +42,8 @@ def attention_decode(
         "FP8": str(int(fp8)),
     }
     shared = WARPS * 16 * (SIZE + 2) * 4
-    split = nvrtc.load("attention.cu", defines, WARPS * 32, shared, q.device, function="split")
-    combine = nvrtc.load("attention.cu", defines, 4 * SIZE, 0, q.device, function="combine")
+    split = nvrtc.load("attention_split.cu", defines, WARPS * 32, shared, q.device)
+    combine = nvrtc.load("attention_combine.cu", defines, 4 * SIZE, 0, q.device)
     tops, weights = (torch.empty((kv_heads, splits, group), device=q.device) for _ in range(2))
     sums = torch.empty((kv_heads, splits, group, size), device=q.device)
     out = torch.empty((1, heads, size), dtype=q.dtype, device=q.device)

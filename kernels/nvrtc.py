@@ -151,14 +151,13 @@ def load(
     threads: int,
     shared: int,
     device: torch.device,
-    function: str = "",
 ) -> Kernel:
-    """A kernel on a device, by default of its file's name; each is loaded once in a process.
+    """A kernel on a device, of its file's name; each is loaded once in a process.
 
     Raises:
         BackendError: it does not compile or load.
     """
-    return _load(name, tuple(defines.items()), threads, shared, device, function or Path(name).stem)
+    return _load(name, tuple(defines.items()), threads, shared, device)
 
 
 @cache
@@ -168,14 +167,13 @@ def _load(
     threads: int,
     shared: int,
     device: torch.device,
-    function: str,
 ) -> Kernel:
     from cuda.bindings import driver
 
     torch.cuda.current_stream(device).synchronize()  # the device's context is the current one from here on
     code = compiled(name, torch.cuda.get_device_capability(device), dict(defines))
     module = checked(driver.cuModuleLoadData(code))
-    handle = checked(driver.cuModuleGetFunction(module, function.encode()))
+    handle = checked(driver.cuModuleGetFunction(module, Path(name).stem.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     checked(driver.cuFuncSetAttribute(handle, attribute, shared))
     even(int(handle))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nanoserve.config import EngineConfig, ShapeName
-from nanoserve.kernels import cuda_mamba, cuda_ops, cuda_products, nvrtc
+from nanoserve.kernels import cuda_attention, cuda_mamba, cuda_ops, cuda_products, nvrtc
+from nanoserve.kernels.attention import LayerKV
 from nanoserve.kernels.chips import MULTIPROCESSORS
 from nanoserve.kernels.fused import Norm
 from nanoserve.kernels.mamba import MambaState, MambaWeights
@@ -26,6 +27,8 @@ from nanoserve.shapes import examine_shape
 from nanoserve.weights import DTYPES, Item, finish, kept_shape
 
 _META = torch.device("meta")
+PAGE = 16
+"""Positions of a page: the engine's default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +125,15 @@ def _layer(c: NemotronHConfig, layer: Mixer, norm: Norm, stream: Tensor) -> Iter
             cuda_ops.linear_add(y, layer.out_proj, stream)
             yield "linear_add"
         case Attention():
-            q, _, _ = cuda_ops.norm_linears(stream, norm, (layer.q_proj, layer.k_proj, layer.v_proj))
+            projected = cuda_ops.norm_linears(stream, norm, (layer.q_proj, layer.k_proj, layer.v_proj))
             yield "norm_linears"
-            cuda_ops.linear_add(torch.empty_like(q), layer.o_proj, stream)
+            q, k, v = (m.unflatten(-1, (-1, c.head_dim)) for m in projected)
+            table, positions = (torch.empty(1, dtype=kind, device=_META) for kind in (torch.int32, torch.int64))
+            for kind in (torch.bfloat16, torch.float8_e4m3fn):
+                pages = torch.empty((1, PAGE, c.kv_heads, c.head_dim), dtype=kind, device=_META)
+                cuda_attention.attention_decode(q, k, v, LayerKV(pages, pages), table, positions)
+            yield "attention_decode"
+            cuda_ops.linear_add(q.flatten(1), layer.o_proj, stream)
             yield "linear_add"
         case Mlp():
             cuda_ops.mlp_add(stream, norm, layer.up_proj, layer.down_proj)

@@ -561,6 +561,23 @@ inline float e4m3(unsigned code) {
 inline void four_scales(unsigned bytes, float* s) {
   for (int i = 0; i < 4; ++i) s[i] = e4m3(bytes >> 8 * i & 255);
 }
+inline unsigned as_fp8(float v) {  // E4M3: to nearest, ties to even, clamped; NaN stays
+  const unsigned sign = __float_as_uint(v) >> 31 << 7;
+  if (v != v) return 0x7Fu;
+  float best = INFINITY;
+  unsigned code = 0;
+  for (unsigned c = 0; c < 127; ++c) {
+    const float far = fabsf(e4m3(c) - fabsf(v));
+    if (far < best || (far == best && c % 2 == 0)) best = far, code = c;
+  }
+  return sign | code;
+}
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {
+  const unsigned long long all = (unsigned long long)y << 32 | x;
+  unsigned r = 0;
+  for (int i = 0; i < 4; ++i) r |= (unsigned)(all >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+  return r;
+}
 inline float bf16_product(unsigned a, unsigned b) {  // of two pairs
   return __uint_as_float(a << 16) * __uint_as_float(b << 16) +
          __uint_as_float(a & 0xFFFF0000u) * __uint_as_float(b & 0xFFFF0000u);

@@ -1,4 +1,4 @@
-// One token's attention over a paged cache, to which its own key and value are added first: `split`, and `combine`.
+// One token's attention over a paged cache, to which its own key and value are added first: a split's part.
 //
 // A block has one KV head and a share of the positions, its warps sixteen of these at a time, on tensor cores: queries
 // times keys, and probabilities times values. Which position a column is, and which dimension, is so chosen that what
@@ -6,32 +6,11 @@
 // time: column 2 t of the first tile of positions is position 4 t, 2 t + 1 is 4 t + 2, of the second tile 4 t + 1 and
 // 4 t + 3; column g of values' tile j is dimension 16 g + j; and lane t has dimensions 32 t to 32 t + 31 of keys.
 // FP8 values are BF16 times 2^-120 (see step.cuh), so queries and probabilities are times 2^64.
-//
-// NVRTC is given: KV_HEADS, GROUP (queries of a KV head, at most 16), PAGE (positions), SPLITS, FP8; DIM is 128.
-#include "step.cuh"
+#include "attention.cuh"
 
-constexpr int DIM = 128, WARPS = 4, TILE = 16;
+constexpr int WARPS = 4;
 constexpr float UP_KV = FP8 ? UP : 1.0f, DOWN_KV = down_of(FP8 ? 8 : 16);
-static_assert(GROUP <= 16, "");
 
-struct Arguments {
-  const u16* q;       // [KV_HEADS * GROUP, DIM]
-  const u16* k;       // [KV_HEADS, DIM]
-  const u16* v;
-  u8* k_pages;        // [pages, PAGE, KV_HEADS, DIM]
-  u8* v_pages;
-  const int* page_table;
-  const long long* position;
-  float* sums;        // [KV_HEADS, SPLITS, GROUP, DIM], values times their probabilities
-  float* tops;        // [KV_HEADS, SPLITS, GROUP], the largest score, and
-  float* weights;     // the sum of 2^(score - top)
-  u16* out;           // [KV_HEADS * GROUP, DIM]
-  float scale;        // of scores, with log2(e) in it
-  float k_scale, v_scale;
-};
-
-// Positions of a split: whole tiles.
-DEVICE int share_of(int length) { return ((length + TILE - 1) / TILE + SPLITS - 1) / SPLITS * TILE; }
 DEVICE u64 place_in(const Arguments& a, int head, int position) {  // of a position, in values
   return ((u64)a.page_table[position / PAGE] * PAGE + position % PAGE) * (KV_HEADS * DIM) + head * DIM;
 }
@@ -211,7 +190,7 @@ DEVICE void leave(const Arguments& a, int head, int split, int lane, int warp, S
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) split(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_split(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(16) u8 memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = blockIdx.x / SPLITS, part = blockIdx.x % SPLITS;
   const int length = (int)*a.position + 1, share = share_of(length), first = part * share, end = min(first + share, length);
@@ -238,29 +217,4 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) split(const __grid_cons
 #pragma unroll 1
   for (int at = first + warp * TILE; at < end; at += WARPS * TILE) attend(a, head, at, end, lane, q, s);
   leave(a, head, part, lane, warp, s, (float*)memory);
-}
-
-// A block a query: the splits in their order. A thread has a dimension of every fourth split.
-extern "C" __global__ void __launch_bounds__(4 * DIM) combine(const __grid_constant__ Arguments a) {
-  __shared__ float sums[4][DIM], weights[4];
-  const int d = threadIdx.x % DIM, quarter = threadIdx.x / DIM, head = blockIdx.x / GROUP, row = blockIdx.x % GROUP;
-  const int length = (int)*a.position + 1, share = share_of(length), used = (length + share - 1) / share;
-  wait_for_producers();
-  let_next_begin();
-  float top = -INFINITY, sum = 0, weight = 0;
-  const u64 base = (u64)head * SPLITS * GROUP + row;
-  for (int i = 0; i < used; ++i) top = fmaxf(top, __ldcg(a.tops + base + i * GROUP));
-#pragma unroll 8
-  for (int i = quarter; i < used; i += 4) {
-    const float part = exp2f(__ldcg(a.tops + base + i * GROUP) - top);
-    weight += part * __ldcg(a.weights + base + i * GROUP);
-    sum += part * __ldcg(a.sums + (base + i * GROUP) * DIM + d);
-  }
-  sums[quarter][d] = sum;
-  if (d == 0) weights[quarter] = weight;
-  __syncthreads();
-  if (quarter > 0) return;
-  sum = sums[0][d] + sums[1][d] + sums[2][d] + sums[3][d];
-  weight = weights[0] + weights[1] + weights[2] + weights[3];
-  a.out[(u64)blockIdx.x * DIM + d] = (u16)two_bf16(sum / weight * a.v_scale, 0);
 }
