@@ -1,4 +1,4 @@
-"""Host side of cuda/attention_split.cu and attention_combine.cu: one token's key and value into the cache, and its attention, in two launches."""
+"""Host side of cuda/attention_*.cu: one token's key and value into the cache, and its attention: two launches."""
 
 import ctypes
 import math

@@ -1,4 +1,4 @@
-"""cuda/attention_split.cu and attention_combine.cu on a CPU, against the op's reference: the cache after it, too."""
+"""cuda/attention_*.cu on a CPU, against the op's reference; the cache, too."""
 
 import pytest
 import torch

@@ -5,6 +5,7 @@
 #include "step.cuh"
 
 constexpr int DIM = 128, TILE = 16;
+constexpr float LOWEST = -3.402823466e38f;  // a score of what is not there: 2^(LOWEST - any other) is 0
 static_assert(GROUP <= 16, "");
 
 struct Arguments {

@@ -8,7 +8,7 @@ extern "C" __global__ void __launch_bounds__(4 * DIM) attention_combine(const __
   const int length = (int)*a.position + 1, share = share_of(length), used = (length + share - 1) / share;
   wait_for_producers();
   let_next_begin();
-  float top = -INFINITY, sum = 0, weight = 0;
+  float top = LOWEST, sum = 0, weight = 0;
   const u64 base = (u64)head * SPLITS * GROUP + row;
   for (int i = 0; i < used; ++i) top = fmaxf(top, __ldcg(a.tops + base + i * GROUP));
 #pragma unroll 8

@@ -133,7 +133,7 @@ DEVICE void attend(const Arguments& a, int head, int first, int end, int lane, c
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // positions 4 t, 4 t + 2, 4 t + 1, 4 t + 3
       const int position = first + 4 * t + (i & 1) * 2 + (i >> 1);
-      score[i] = position < end ? c[i >> 1][half * 2 + (i & 1)] * (a.scale * DOWN_KV) : -INFINITY;
+      score[i] = position < end ? c[i >> 1][half * 2 + (i & 1)] * (a.scale * DOWN_KV) : LOWEST;
       most = fmaxf(most, score[i]);
     }
     most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
@@ -176,7 +176,7 @@ DEVICE void leave(const Arguments& a, int head, int split, int lane, int warp, S
   const int d = threadIdx.x;
 #pragma unroll 1
   for (int row = 0; row < GROUP; ++row) {
-    float top = -INFINITY, weight = 0, sum = 0;
+    float top = LOWEST, weight = 0, sum = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) top = fmaxf(top, tops[w * 16 + row]);
 #pragma unroll
@@ -211,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_split(const _
   load_queries(a, head, lane, q);
   State s;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) s.top[half] = -INFINITY, s.weight[half] = 0;
+  for (int half = 0; half < 2; ++half) s.top[half] = LOWEST, s.weight[half] = 0;
 #pragma unroll
   for (int j = 0; j < 16; ++j) s.out[j][0] = s.out[j][1] = s.out[j][2] = s.out[j][3] = 0;
 #pragma unroll 1
