@@ -461,7 +461,10 @@ DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int l
   } while (inner < all);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32) products(const __grid_constant__ Arguments a) {
+// With tall jobs the compiler must be told that it may take registers: it kept a few bytes on the stack.
+constexpr int LEAST_BLOCKS = HEIGHT == 32 ? 1 : 0;
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, LEAST_BLOCKS) products(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) u8 memory[];
   const Shared s = {memory};
   const int lane = threadIdx.x & 31, warp = __shfl_sync(ALL, threadIdx.x >> 5, 0), group = warp / GROUP;
