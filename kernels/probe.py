@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import torch
 
-from nanoserve.kernels import flashinfer_ops
+from nanoserve.kernels import flashinfer_ops, nvrtc
 from nanoserve.kernels.place import SM12X, Experts, Package, Place
 
 
@@ -21,20 +21,12 @@ def place_of(device: torch.device, dtype: torch.dtype, experts: Experts | None =
     if device.type != "cuda" or not torch.cuda.is_available():
         return Place("cpu", None, dtype, experts=experts)
     chip = torch.cuda.get_device_capability(device)
-    parts = {"triton": "triton", "cuda-bindings": "cuda.bindings"}
     packages = {
-        name: Package(flashinfer_ops.package_version(name)) if _found(module) else Package()
-        for name, module in parts.items()
+        "triton": Package(flashinfer_ops.package_version("triton")) if find_spec("triton") else Package(),
+        "cuda-bindings": Package(flashinfer_ops.package_version("cuda-bindings"), nvrtc.missing() or ""),
     }
     if chip not in SM12X:
         return Place("cuda", chip, dtype, packages, experts=experts)
     toolkit, compiler = flashinfer_ops.toolkit()
     packages |= flashinfer_ops.packages()
     return Place("cuda", chip, dtype, packages, toolkit, compiler, flashinfer_ops.built(), experts)
-
-
-def _found(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it is in
-        return False

@@ -244,3 +244,19 @@ def test_an_installation_is_looked_at_part_by_part(monkeypatch: pytest.MonkeyPat
     assert flashinfer_ops.packages()["flashinfer.gone"] == Package()
     assert flashinfer_ops.toolkit() == ((), False)
     assert flashinfer_ops.built() == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("package", "code", "words"),
+    [
+        (Package((13, 0, 3)), None, ""),
+        (Package(), Code.MISSING, "needs the cuda-bindings package"),
+        (Package((13, 0, 3), "no NVRTC library: pip install it"), Code.BROKEN, "pip install"),
+    ],
+)  # fmt: skip
+def test_cuda_needs_what_compiles_its_kernels(package: Package, code: Code | None, words: str) -> None:
+    place = replace(CARD, packages={**GOOD, "cuda-bindings": package})
+    reason = REQUIREMENTS["cuda"](place)
+    assert (reason and reason.code) == code
+    assert words in str(reason)
+    assert chosen(place)["head"].backend == ("triton" if code else "cuda")
