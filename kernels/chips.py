@@ -26,7 +26,12 @@ def capability(architecture: str) -> tuple[int, int]:
 
 def shared_limit(architecture: str) -> int:
     """Bytes of shared memory that a block may have."""
-    return _SHARED[capability(architecture)[0]]
+    return shared_room(capability(architecture)[0])
+
+
+def shared_room(major: int) -> int:
+    """As `shared_limit`, by the major number of the chip's capability."""
+    return _SHARED[major]
 
 
 def may_spill(architecture: str) -> bool:

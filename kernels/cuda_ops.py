@@ -3,8 +3,6 @@
 More tokens than one, and weights whose rows are no whole sixteens of bytes, are the Triton column's.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from nanoserve.kernels import cuda_plans as plans
 from nanoserve.kernels import triton_experts, triton_linear
 from nanoserve.kernels.cuda_plans import MOST, Matrix, matrix
 from nanoserve.kernels.cuda_products import Inputs, Plan, Router, run
-from nanoserve.kernels.fused import SIGNALS, MoeWeights, Norm
+from nanoserve.kernels.fused import MoeWeights, Norm
 from nanoserve.kernels.linear import Plain, Weight
 
 WEIGHTS = 3
@@ -90,49 +88,32 @@ def moe_add(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
         return triton_experts.moe_add(stream, norm, w)
     gated, shared_up, shared_down, up, down, *around = found
     count, device = len(w.gate), stream.device
-    logits, words = torch.empty((1, count), device=device), w.tickets[-SIGNALS:]
+    logits = torch.empty((1, count), device=device)
     ids = torch.empty((1, w.top_k), dtype=torch.int32, device=device)
     chosen = torch.empty((1, w.top_k), device=device)
     shared, added, new = _room(stream, shared_up.rows, shared_down.rows, stream.shape[1])
     hidden = torch.empty((w.top_k, up.rows), dtype=stream.dtype, device=device)
-    inputs = Inputs((stream,), norm.weight, norm.eps)
     front, weights, outs = (gated, shared_up), (gate, w.shared_up), (logits, shared)
     narrow = stream
     if w.latent_in:
         (narrow,) = _room(stream, around[0].rows)
         front, weights, outs = (*front, around[0]), (*weights, w.latent_in), (*outs, narrow)
-    order, signals = (0, shared_down.bits, up.bits)[: len(front)], plans.jobs(gated)
-    first = plans.normed(front, ("FLOAT", "SQUARED", "BF16")[: len(front)], order, signals)
-    _run(first, weights, outs, replace(inputs, signals=words))
+    order = (0, shared_down.bits, up.bits)[: len(front)]
+    first = plans.normed(front, ("FLOAT", "SQUARED", "BF16")[: len(front)], order)
+    _run(first, weights, outs, Inputs((stream,), norm.weight, norm.eps))
     here, before = (Router(count, w.top_k, w.normalize, here) for here in (True, False))
     choice = Inputs(
-        (narrow, shared),
-        norm.weight,
-        norm.eps,
-        logits=logits,
-        bias=w.bias,
-        ids=ids,
-        chosen=chosen,
-        scale=w.scale,
-        signals=words,
+        (narrow, shared), norm.weight, norm.eps, logits=logits, bias=w.bias, ids=ids, chosen=chosen, scale=w.scale
     )
-    _run(
-        plans.up(shared_down, up, here, signals, latent=bool(around)),
-        (w.shared_down, w.up),
-        (added, hidden),
-        choice,
-    )
+    second = plans.up(shared_down, up, here, latent=bool(around))
+    _run(second, (w.shared_down, w.up), (added, hidden), choice)
     if not w.latent_out:
-        ends = Inputs((hidden,), stream=stream, addend=added, ids=ids, chosen=chosen, signals=words)
-        _run(plans.down(down, before, "STREAM", 0, signals), (w.down,), (new,), ends)
+        ends = Inputs((hidden,), stream=stream, addend=added, ids=ids, chosen=chosen)
+        _run(plans.down(down, before, "STREAM", 0), (w.down,), (new,), ends)
         return new
     (routed,) = _room(stream, down.rows)
-    middle = Inputs((hidden,), ids=ids, chosen=chosen, signals=words)
-    _run(plans.down(down, before, "BF16", around[1].bits, signals), (w.down,), (routed,), middle)
-    _run(
-        plans.plain(around[1], "STREAM", ready=True),
-        (w.latent_out,),
-        (new,),
-        Inputs((routed,), stream=stream, addend=added),
-    )
+    middle = Inputs((hidden,), ids=ids, chosen=chosen)
+    _run(plans.down(down, before, "BF16", around[1].bits), (w.down,), (routed,), middle)
+    ends = Inputs((routed,), stream=stream, addend=added)
+    _run(plans.plain(around[1], "STREAM", ready=True), (w.latent_out,), (new,), ends)
     return new

@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from functools import cache
 
+from nanoserve.kernels.chips import shared_room
+from nanoserve.kernels.cubin import RESERVED
 from nanoserve.kernels.cuda_products import BITS, Cut, Part, Plan, Router, To, Vector
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
 
-SHARED = {9: 233472, 12: 102400}
-"""Bytes of shared memory of a multiprocessor, by the major number of the chip's capability."""
-OWN = 1024
-"""Bytes of it that each block costs beside its own."""
 LONGEST_ROW, MOST = 4096, 32
 """Bytes of a row of codes that are copied at once, and chosen experts."""
 
@@ -27,7 +25,8 @@ class Matrix:
         """Whether the kernel reads it: rows of whole sixteens of bytes, or of whole steps where it must be."""
         row = self.columns * self.bits // 8
         if self.bits == 4:
-            return self.columns % 64 == 0 and row <= LONGEST_ROW
+            whole = self.columns % 64 == 0 and self.rows * self.columns % 256 == 0  # of the scales, too
+            return whole and row <= LONGEST_ROW
         return row % 128 == 0 if self.bits > 8 else row % 16 == 0 and (row % 128 == 0 or row <= LONGEST_ROW // 2)
 
 
@@ -43,11 +42,6 @@ def matrix(weight: Weight) -> Matrix | None:
             return Matrix(bits, data.shape[-2], data.shape[-1]) if bits else None
 
 
-def jobs(m: Matrix) -> int:
-    """That a matrix is."""
-    return -(-m.rows // (8 * eights(m)))
-
-
 def eights(m: Matrix) -> int:
     """Eights of rows of a job: several, where rows are short."""
     return 4 if m.bits == 4 and m.columns <= 1280 else 2 if m.columns * m.bits <= 1024 * 16 and m.bits > 4 else 1
@@ -61,12 +55,12 @@ def part(
 
 
 @cache
-def normed(matrices: tuple[Matrix, ...], to: tuple[To, ...], ready: tuple[int, ...], signals: int = 0) -> Plan:
-    """Up to three matrices over the norm of the stream; ``ready`` as of `Part`, ``signals`` as of `Plan`."""
+def normed(matrices: tuple[Matrix, ...], to: tuple[To, ...], ready: tuple[int, ...]) -> Plan:
+    """Up to three matrices over the norm of the stream; ``ready`` as of `Part`."""
     bits = list(dict.fromkeys(m.bits for m in matrices))
     each = zip(matrices, to, ready, strict=True)
     parts = tuple(part(m, bits.index(m.bits), kind, ready=order) for m, kind, order in each)
-    return Plan(parts, tuple(Vector(b, matrices[0].columns, normed=True) for b in bits), signals=signals)
+    return Plan(parts, tuple(Vector(b, matrices[0].columns, normed=True) for b in bits))
 
 
 @cache
@@ -76,33 +70,34 @@ def plain(m: Matrix, to: To, *, ready: bool) -> Plan:
 
 
 @cache
-def up(shared_down: Matrix, m: Matrix, router: Router, signals: int, *, latent: bool) -> Plan:
+def up(shared_down: Matrix, m: Matrix, router: Router, *, latent: bool) -> Plan:
     """The shared expert's second product, and the chosen experts' first, over the norm or a latent."""
     own = Vector(m.bits, m.columns, normed=not latent, ready=latent)
     shared = Vector(shared_down.bits, shared_down.columns, source=1, ready=True)
     experts = part(m, to="SQUARED", copies=router.top_k, ready=m.bits)
-    return Plan((part(shared_down, 1), experts), (own, shared), router, signals)
+    return Plan((part(shared_down, 1), experts), (own, shared), router)
 
 
 @cache
-def down(m: Matrix, router: Router, to: To, after: int, signals: int) -> Plan:
+def down(m: Matrix, router: Router, to: To, after: int) -> Plan:
     """The chosen experts' second product and weighted sum; ``after``: bits of what will meet it, or 0."""
     experts = part(m, to=to, copies=router.top_k, summed=True, ready=after)
-    return Plan((experts,), (Vector(m.bits, m.columns, none=True),), router, signals)
+    return Plan((experts,), (Vector(m.bits, m.columns, none=True),), router)
 
 
 @cache
 def cut(plan: Plan, major: int) -> Cut:
     """How a launch is cut on a chip: so that the next one has room beside it, and its weights are on their way."""
-    room = SHARED[major]
-    most = room - 24 * OWN if major == 9 else room // 2 - OWN
+    room = shared_room(major)
+    # On Hopper launches may take most of a multiprocessor (measured); on SM12x, which no card has shown, half.
+    most = room - 23 * RESERVED if major == 9 else (room + RESERVED) // 2 - RESERVED
     for limit, groups, stages in (
         (most, 2, 6),
         (most, 2, 4),
         (most, 2, 2),
         (most, 1, 2),
-        (room - OWN, 2, 2),
-        (room - OWN, 1, 1),
+        (room, 2, 2),
+        (room, 1, 1),
     ):
         if plan.shared(Cut(groups, stages)) <= limit:
             return Cut(groups, stages)

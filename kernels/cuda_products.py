@@ -17,7 +17,7 @@ LONGEST = 4096
 GROUP = 4
 """Warps that share a stage."""
 
-POINTERS = ("norm", "stream", "addend", "logits", "bias", "ids", "chosen", "signals")
+POINTERS = ("norm", "stream", "addend", "logits", "bias", "ids", "chosen")
 """Of an argument, in products.cu's order."""
 
 To = Literal["BF16", "SQUARED", "STREAM", "FLOAT"]
@@ -81,11 +81,10 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a launch is cut: groups of warps that take turns, stages of a block's ring, blocks a multiprocessor."""
+    """How a launch is cut: groups of warps that take turns, stages of a block's ring; a block a multiprocessor."""
 
     groups: int = 2
     stages: int = 4
-    blocks: int = 1
 
     @property
     def threads(self) -> int:
@@ -95,12 +94,11 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A launch's shape: all that is compiled into it; ``signals`` as SIGNALS in products.cu."""
+    """A launch's shape: all that is compiled into it."""
 
     parts: tuple[Part, ...]
     vectors: tuple[Vector, ...]
     router: Router | None = None
-    signals: int = 0
 
     def defines(self, cut: Cut) -> dict[str, str]:
         """What products.cu is given."""
@@ -134,7 +132,6 @@ class Plan:
             "TOP": str(r.top_k if r else 1),
             "NORMALIZE": str(int(r.normalize if r else False)),
             "CHOOSE": str(0 if r is None else 1 if r.here else 2),
-            "SIGNALS": str(self.signals),
         }
 
     def shared(self, cut: Cut) -> int:
@@ -196,7 +193,6 @@ class Inputs:
         addend: added to a result before that.
         logits, bias, scale: of the choice, where it is made here.
         ids, chosen: the chosen experts, int32, and their weights, float32.
-        signals: int32 [2], zero between mixtures, where the plan has signals.
     """
 
     vectors: tuple[Tensor, ...]
@@ -208,7 +204,6 @@ class Inputs:
     bias: Tensor | None = None
     ids: Tensor | None = None
     chosen: Tensor | None = None
-    signals: Tensor | None = None
     scale: float = 0.0
 
 
@@ -250,4 +245,4 @@ def run(plan: Plan, weights: tuple[Weight, ...], outs: tuple[Tensor, ...], input
     for name in POINTERS:
         tensor: Tensor | None = getattr(inputs, name)
         setattr(arguments, name, tensor.data_ptr() if tensor is not None else None)
-    kernel.launch(min(plan.jobs, cut.blocks * _multiprocessors(device)), arguments, device)
+    kernel.launch(min(plan.jobs, _multiprocessors(device)), arguments, device)

@@ -54,13 +54,9 @@ class MoeWeights:
     tickets: Tensor
 
 
-SIGNALS = 2
-"""Of a mixture's tickets the last: by them its launches tell each other how far they are."""
-
-
 def tickets(size: int) -> int:
-    """How many a mixture of experts needs: one for each of 16 tokens and block of 16 rows, and the signals."""
-    return size + 16 + SIGNALS
+    """How many a mixture of experts needs: one for each of 16 tokens and block of 16 rows."""
+    return size + 16
 
 
 def norm_linears(stream: Tensor, norm: Norm, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from nanoserve.cached import cache_folder
 from nanoserve.errors import BackendError
 
 FOLDER = Path(__file__).parent / "cuda"
@@ -114,8 +115,7 @@ def compiled(name: str, chip: tuple[int, int], defines: Mapping[str, str]) -> by
         *(f"-D{key}={value}" for key, value in defines.items()),
     ]
     key = hashlib.sha256(repr((text, options, checked(nvrtc.nvrtcVersion()))).encode()).hexdigest()[:32]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = home / "nanoserve" / f"{Path(name).stem}_{arch}_{key}.cubin"
+    path = cache_folder() / f"{Path(name).stem}_{arch}_{key}.cubin"
     if path.exists():
         return path.read_bytes()
     program = checked(nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], []))

@@ -1,9 +1,8 @@
 // What kernels of CUDA C++ take from the machine, on a CPU: threads are fibers. A kernel's source stands behind
 // this, without its functions of inline assembly, which are here (see cuda_on_cpu.py).
 //
-// What may come late comes late: copies to shared memory, signals and what they stand for, and what the launch in
-// front wrote, only when nobody can go on without; an odd seed lets copies come at once. A seed above 1 also draws
-// who runs first. Memory that nobody wrote holds NaN. What a GPU leaves undefined is a fault where it is seen here.
+// What may come late comes late: copies to shared memory, and what the launch in front wrote, only when nobody
+// can go on without; an odd seed lets copies come at once. A seed above 1 also draws who runs first. Memory that nobody wrote holds NaN. What a GPU leaves undefined is a fault where it is seen here.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -54,7 +53,6 @@ struct Fiber {
   int rank;  // of the block in its cluster
   unsigned cluster_phase;
   bool begun, arrived;  // arrived: at the cluster's barrier, and has not waited
-  int looks;  // at signals
 };
 struct Queue { Fiber *first, *last; };
 struct Slot { unsigned a[4], b[2]; };
@@ -102,11 +100,11 @@ static size_t dynamic;
 static unsigned seed;
 static word dice;
 static unsigned cluster_phase, cluster_count, cluster_size;
-static Queue cluster_waiting, producer_waiting, signal_waiting;
-static bool produced, told;
+static Queue cluster_waiting, producer_waiting;
+static bool produced;
 static byte** saved;
-static const Range *known, *late;  // of what is late the first come with signals
-static int known_count, late_count, told_count;
+static const Range *known, *late;
+static int known_count, late_count;
 static Array arrays[MOST_ARRAYS];
 static int array_count;
 static size_t array_end;
@@ -254,28 +252,20 @@ static bool deliver_one() {  // copies that somebody waits for
   if (found) deliver(*found);
   return found;
 }
-static void bring(int first, int end) {
-  for (int i = first; i < end; ++i) memcpy(late[i].at, saved[i], late[i].bytes);
-}
-static bool tell() {
-  if (told || !signal_waiting.first) return false;
-  told = true;
-  bring(0, told_count);
-  wake(signal_waiting);
-  return true;
+static void bring() {
+  for (int i = 0; i < late_count; ++i) memcpy(late[i].at, saved[i], late[i].bytes);
 }
 static bool produce_all() {
   if (produced || !producer_waiting.first) return false;
-  bring(told ? told_count : 0, late_count);
-  produced = told = true;
+  bring();
+  produced = true;
   wake(producer_waiting);
-  wake(signal_waiting);
   return true;
 }
 // Nobody can go on: what was late comes.
 static bool nothing_runs() {
-  if (seed & 2) return (seed & 4 && tell()) || produce_all() || deliver_one();
-  return deliver_one() || tell() || produce_all();
+  if (seed & 2) return produce_all() || deliver_one();
+  return deliver_one() || produce_all();
 }
 
 static void fiber_main() {
@@ -307,8 +297,8 @@ static void run_cluster(int first) {
   ready_count = 0, running = -1;
   memset(lanes_of, 0, sizeof lanes_of);
   cluster_phase = cluster_count = 0, cluster_size = (unsigned)all;
-  cluster_waiting = producer_waiting = signal_waiting = {};
-  produced = told = false;
+  cluster_waiting = producer_waiting = {};
+  produced = false;
   for (int i = 0; i < late_count; ++i) {
     memcpy(saved[i], late[i].at, late[i].bytes);
     memset(late[i].at, 0xFF, late[i].bytes);
@@ -322,7 +312,7 @@ static void run_cluster(int first) {
     for (int w = 0; w < MOST_WARPS; ++w) priority[r * MOST_WARPS + w] = roll(1000);
     for (int t = 0; t < threads; ++t) {
       Fiber& f = fibers[r * threads + t];
-      f.begun = f.arrived = false, f.waits = nullptr, f.rank = r, f.looks = 0;
+      f.begun = f.arrived = false, f.waits = nullptr, f.rank = r;
       f.thread = {(unsigned)t, 0, 0}, f.block = {(unsigned)(first + r), 0, 0};
       go(&f);
     }
@@ -359,14 +349,12 @@ static void run_cluster(int first) {
 }
 
 static const char* launch(int count, int threads, int bytes, int in_cluster, unsigned with_seed, bool lanes_apart,
-                          const Range* tensors, int tensor_count, const Range* from_front, int front_count,
-                          int with_signals) {
+                          const Range* tensors, int tensor_count, const Range* from_front, int front_count) {
   now = nullptr;
   grid = {(unsigned)count, 1, 1}, block_size = {(unsigned)threads, 1, 1};
   cluster = in_cluster, dynamic = (size_t)bytes, seed = with_seed, apart = lanes_apart;
   dice = 88172645463325252ull + with_seed * 7919ull;
   known = tensors, known_count = tensor_count, late = from_front, late_count = front_count;
-  told_count = with_signals;
   array_count = 0, array_end = 0;
   volatile int done = 0;
   saved = (byte**)calloc((size_t)front_count + 1, sizeof(byte*));
@@ -391,7 +379,7 @@ static const char* launch(int count, int threads, int bytes, int in_cluster, uns
     for (; done < clusters; done = done + 1) run_cluster((seed ? clusters - 1 - done : done) * cluster);
   } else {
     result = message;
-    if (!produced && done < count) bring(told ? told_count : 0, late_count);
+    if (!produced && done < count) bring();
   }
   for (int r = 0; r < cluster && r < MOST_BLOCKS; ++r)
     if (blocks[r]) free(blocks[r]->memory), free(blocks[r]), blocks[r] = nullptr;
@@ -493,20 +481,6 @@ inline void wait_for_producers() {
   if (!machine::produced) machine::stay(machine::producer_waiting, "wait_for_producers");
 }
 inline void let_next_begin() {}
-
-// The launch in front has ended here, but what it told is seen late, and so is what it wrote.
-inline void check_signal(const unsigned* word) {
-  if ((size_t)word % 4) machine::fault("a signal that is not aligned");
-  machine::check_global(word, 4, "a signal");
-}
-inline void signal_add(unsigned* word) { check_signal(word), ++*word; }
-inline void signal_set(unsigned* word, unsigned value) { check_signal(word), *word = value; }
-inline unsigned signal_of(const unsigned* word) {
-  check_signal(word);
-  if (!machine::told) machine::stay(machine::signal_waiting, "a signal");
-  if (++machine::now->looks > 1000) machine::fault("waits for ever: a signal of %u", *word);
-  return *word;
-}
 
 inline void begin_barrier(machine::word* barrier, unsigned arrivals) {
   machine::Block& block = machine::own();

@@ -30,10 +30,10 @@ ENTRY = """
 static void call_kernel() {{ machine_call({name}); }}
 extern "C" const char* run_on_cpu(const void* arguments, size_t size, int blocks, int threads, int bytes,
                                   int cluster, unsigned seed, int apart, const machine::Range* known,
-                                  int known_count, const machine::Range* late, int late_count, int told) {{
+                                  int known_count, const machine::Range* late, int late_count) {{
   if (size != machine_size({name})) return "the arguments have another size than the host's";
   machine::kernel_call = call_kernel, machine::kernel_arguments = arguments;
-  return machine::launch(blocks, threads, bytes, cluster, seed, apart, known, known_count, late, late_count, told);
+  return machine::launch(blocks, threads, bytes, cluster, seed, apart, known, known_count, late, late_count);
 }}
 """
 
@@ -130,7 +130,6 @@ def run(
     shared: int,
     tensors: Sequence[Tensor],
     late: Sequence[Tensor] = (),
-    told: Sequence[Tensor] = (),
     cluster: int = 1,
     seed: int = 0,
     apart: bool = False,
@@ -145,7 +144,6 @@ def run(
         blocks, threads, shared, cluster: of the launch.
         tensors: all memory that ``arguments`` point to; copies and loads past L1 must be of it.
         late: those of them that the launch in front writes: NaN until the kernel has waited for that.
-        told: such whose signal the kernel may wait for instead.
         seed: who runs first, and when copies come; see cuda_on_cpu.h.
         apart: a warp's lanes do not wait for one another where nothing says so.
         text: another source than the file's.
@@ -156,7 +154,7 @@ def run(
     library = _library(name, tuple(defines.items()), for_cpu(text or nvrtc.source(name)))
     message: bytes | None = library.run_on_cpu(
         ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments)), blocks, threads, shared, cluster, seed,
-        apart, _ranges(tensors), len(tensors), _ranges((*told, *late)), len(told) + len(late), len(told),
+        apart, _ranges(tensors), len(tensors), _ranges(late), len(late),
     )  # fmt: skip
     if message is not None:
         raise Fault(message.decode())
@@ -177,7 +175,7 @@ class CpuKernel:
         m = self.machine
         run(
             self.name, self.defines, arguments, m.blocks or blocks, self.threads, self.shared, m.tensors, m.late,
-            m.told, cluster=int(self.defines.get("CLUSTER", "1")), seed=m.seed, apart=m.apart,
+            cluster=int(self.defines.get("CLUSTER", "1")), seed=m.seed, apart=m.apart,
         )  # fmt: skip
 
 
@@ -188,7 +186,7 @@ class Machine:
     Attributes:
         multiprocessors: that the host is told of.
         blocks: of a launch; None for what the host asks for.
-        seed, apart, tensors, late, told: of `run`.
+        seed, apart, tensors, late: of `run`.
     """
 
     multiprocessors: int = 3
@@ -197,7 +195,6 @@ class Machine:
     apart: bool = False
     tensors: Sequence[Tensor] = ()
     late: Sequence[Tensor] = ()
-    told: Sequence[Tensor] = ()
 
     def load(
         self, name: str, defines: Mapping[str, str], threads: int, shared: int, device: torch.device

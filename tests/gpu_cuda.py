@@ -32,7 +32,7 @@ GROUPS, STATES, HEAD = 8, 128, 64
 SETS = {"nano": 12, "lightning": 10, "super": 5}
 PLACES = (
     "begin", "waits", "waited", "loaded", "prepared", "first job", "end", "",
-    "copier waits", "copier waited", "chosen", "copier begins", "last stage", "copier ends",
+    "copier waits", "copier waited", "filled", "copier begins", "last stage", "copier ends",
 )  # fmt: skip
 """Of the trace: the first consumer warp, then the one that copies."""
 HEADER = """
@@ -57,8 +57,8 @@ MARKS = (  # (what stands once in products.cu, what goes in front of it, what be
     ),
     ("    wait_phase(s.empty(stage), parity);\n", "", "COPIER(12)\n"),
     ("    if (++stage == STAGES) stage = 0, parity ^= 1;\n  }\n", "", "COPIER(13)\n"),
-    ("  if (!SIGNALS || CHOOSE == 0) wait_for_producers();", "COPIER(8)\n", "COPIER(9)\n"),
-    ("  if (SIGNALS && CHOOSE > 0) wait_for_producers();", "COPIER(10)\n", ""),
+    ("  __syncthreads();\n  wait_for_producers();\n", "COPIER(8)\n", "COPIER(9)\n"),
+    ("  let_next_begin();\n", "COPIER(10)\n", ""),
 )
 
 

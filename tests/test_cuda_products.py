@@ -1,12 +1,11 @@
 """cuda/products.cu on a CPU, against sums in float64."""
 
-import sys
 from collections.abc import Iterator
 from itertools import count
 
 import pytest
 import torch
-from cuda_on_cpu import HAS_COMPILER, Fault, Machine
+from cuda_on_cpu import HAS_COMPILER, Machine
 from torch import Tensor
 
 from nanoserve.kernels import cuda_products, nvrtc
@@ -155,22 +154,6 @@ def outs_of(plan: Plan) -> tuple[Tensor, ...]:
     )
 
 
-def words_before(plan: Plan) -> Tensor:
-    """The signals when a launch's turn has come, for all that it can see."""
-    here = plan.router is not None and plan.router.here
-    words = [plan.signals, 0] if here else [plan.signals, 1] if plan.router else [0, 1]
-    return torch.tensor(words if plan.signals else [7, 7], dtype=torch.int32)
-
-
-def words_after(plan: Plan) -> list[int]:
-    """What a launch leaves of them."""
-    if not plan.signals:
-        return [7, 7]
-    if plan.router is None:
-        return [-(-plan.parts[0].rows // (8 * plan.parts[0].eights)), 0]
-    return [plan.signals, 1] if plan.router.here else [0, 1]
-
-
 def check(
     machine: Machine, plan: Plan, cut: Cut, addend: bool = False, logits: Tensor | None = None
 ) -> tuple[list[int], Tensor]:
@@ -220,7 +203,6 @@ def check(
         ids = torch.full((top,), -1, dtype=torch.int32) if here else torch.tensor(want_ids, dtype=torch.int32)
         chosen = torch.full((top,), torch.nan) if here else want_weights.clone()
         optional = [t for t in (norm, bias, logits, stream, added) if t is not None]
-        words = words_before(plan)
         machine.blocks, machine.seed = blocks, seed
         machine.tensors = [
             *outs,
@@ -228,18 +210,16 @@ def check(
             *optional,
             ids,
             chosen,
-            words,
             *(t for w in weights for t in tensors_of(w)),
         ]
         choice = [t for t in (logits,) if t is not None] if here else [ids, chosen] if plan.router else []
         decided = [*given, *(t for t in (stream, added) if t is not None)]
-        machine.told, machine.late = (choice, decided) if plan.signals else ((), [*decided, *choice])
+        machine.late = [*decided, *choice]
         inputs = Inputs(
             given, norm, EPS, stream, added, logits, bias, ids if plan.router else None,
-            chosen if plan.router else None, words if plan.signals else None, scale or 0.0,
+            chosen if plan.router else None, scale or 0.0,
         )  # fmt: skip
         cuda_products.run(plan, weights, outs, inputs, cut)
-        assert words.tolist() == words_after(plan)
         if here:
             assert ids.tolist() == want_ids
             torch.testing.assert_close(chosen, want_weights, rtol=2e-6, atol=0)
@@ -415,10 +395,9 @@ def test_results_and_vectors_that_are_ready(machine: Machine, bits: int, columns
 
 
 def mixture(experts: int, top_k: int, eights: int, latent: bool) -> tuple[Plan, Plan, Plan]:
-    """The launches that tell each other how far they are."""
+    """Its launches: what reads the stream, the choice and what it decides, and the weighted sum."""
     gate = Part(32, experts, 448, to="FLOAT", eights=eights)
     router = [Router(experts, top_k, True, here) for here in (True, False)]
-    jobs = -(-experts // (8 * eights))
     front = (gate, Part(8, 100, 448, vector=1, to="SQUARED", ready=8), Part(8, 64, 448, vector=1, ready=4))
     normed = (Vector(32, 448, normed=True), Vector(8, 448, normed=True))
     width = 64 if latent else 448
@@ -426,52 +405,17 @@ def mixture(experts: int, top_k: int, eights: int, latent: bool) -> tuple[Plan, 
     vectors = (Vector(4, width, normed=not latent, ready=latent), Vector(8, 320, source=1, ready=True))
     down = Part(4, 84 if not latent else 64, 192, to="BF16" if latent else "STREAM", copies=top_k, summed=True)
     return (
-        Plan(front[: 2 + latent], normed, signals=jobs),
-        Plan(up, vectors, router[0], jobs),
-        Plan((down,), (Vector(4, 192, none=True),), router[1], jobs),
+        Plan(front[: 2 + latent], normed),
+        Plan(up, vectors, router[0]),
+        Plan((down,), (Vector(4, 192, none=True),), router[1]),
     )
 
 
 @pytest.mark.parametrize(("experts", "top_k", "eights", "latent"), [(128, 6, 1, False), (64, 22, 4, True)])
-def test_launches_that_tell_each_other(
-    machine: Machine, experts: int, top_k: int, eights: int, latent: bool
-) -> None:
-    """What a signal stands for is there before the rest of what the launch in front writes."""
+def test_launches_of_a_mixture(machine: Machine, experts: int, top_k: int, eights: int, latent: bool) -> None:
     front, up, down = mixture(experts, top_k, eights, latent)
     for apart in (False, True):
         machine.apart = apart
         check(machine, front, Cut(2, 6))
         check(machine, up, Cut(2, 2))
         check(machine, down, Cut(2, 4), addend=not latent)
-
-
-@pytest.mark.parametrize("which", [1, 2])
-def test_a_signal_that_never_comes(machine: Machine, monkeypatch: pytest.MonkeyPatch, which: int) -> None:
-    plan = mixture(24, 4, 1, False)[which]
-    before = words_before(plan)
-    before[which - 1] -= 1
-    monkeypatch.setattr(sys.modules[__name__], "words_before", lambda _: before.clone())  # pyright: ignore[reportUnknownLambdaType]
-    with pytest.raises(Fault, match="waits for ever: a signal"):
-        check(machine, plan, Cut(2, 2))
-
-
-@pytest.mark.parametrize(("which", "call"), [(0, "signal_add(a.signals);"), (1, "signal_add(a.signals + 1);")])
-def test_a_signal_that_is_not_given(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, which: int, call: str
-) -> None:
-    text = nvrtc.source("products.cu")
-    assert text.count(call) == 1
-    monkeypatch.setattr(nvrtc, "source", lambda _: text.replace(call, ";"))  # pyright: ignore[reportUnknownLambdaType]
-    with pytest.raises(AssertionError):
-        check(machine, mixture(24, 4, 1, False)[which], Cut(2, 2))
-
-
-@pytest.mark.parametrize(("which", "early"), [(1, "while (signal_of("), (2, "while (signal_of(")])
-def test_what_is_read_before_its_signal_is_seen(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, which: int, early: str
-) -> None:
-    text = nvrtc.source("products.cu")
-    assert text.count(early) == 1
-    monkeypatch.setattr(nvrtc, "source", lambda _: text.replace(early, "if (0) while (signal_of("))  # pyright: ignore[reportUnknownLambdaType]
-    with pytest.raises((AssertionError, Fault)):
-        check(machine, mixture(24, 4, 1, False)[which], Cut(2, 2))

@@ -20,19 +20,6 @@ DEVICE u32 place(const void* in_shared) { return (u32)__cvta_generic_to_shared(i
 DEVICE void wait_for_producers() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-// A word in memory by which blocks tell those of a later launch, which runs already, what they have written.
-DEVICE void signal_add(u32* word) {
-  asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" :: "l"(word) : "memory");
-}
-DEVICE void signal_set(u32* word, u32 value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" :: "l"(word), "r"(value) : "memory");
-}
-DEVICE u32 signal_of(const u32* word) {
-  u32 seen;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(word) : "memory");
-  return seen;
-}
-
 // A barrier in shared memory: a phase ends when so many have arrived, and all bytes that were announced.
 DEVICE void begin_barrier(u64* barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(place(barrier)), "r"(arrivals) : "memory");

@@ -1,20 +1,19 @@
 // Weights times one token's vectors, in one launch: what a layer reads at once.
 //
-// A part is a matrix, or a stack of experts; a job is some eights of rows of one. A block takes every so-manieth job. One of its
-// warps copies the jobs' rows to a ring in shared memory, stage by stage, as far ahead as that has room. The others
+// A part is a matrix, or a stack of experts; a job is some eights of rows of one. A block takes every so-manieth
+// job. One of its warps copies the jobs' rows to a ring in shared memory, stage by stage, as far ahead as that has room. The others
 // are GROUPS groups of four, which take the stages in turn; a group shares a stage's columns. The first warp adds up
 // what they have of a job and writes it. So the weights of what the launch in front does not decide are on their way
 // before that has ended.
 //
-// NVRTC is given: GROUPS (a power of two), STAGES (a multiple of it, so that a stage is always the same group's); PARTS and lists with an entry a part: EIGHTS_OF (of rows of a job: 1, 2 or 4), BITS_OF, COLUMNS_OF, COPIES_OF (experts, or 1),
-// ROWS_OF, SUMMED_OF (experts' results are added up), CHOSEN_OF (the part is of experts), VECTOR_OF (which vector it reads),
-// TO_OF (what becomes of a result), FOR_OF (bits of the weights that will meet it, whose order it is left in, or 0); VECTORS and lists with an entry a vector: V_BITS_OF (of the weights that meet it),
-// V_COLUMNS_OF, V_NONE_OF (it is none: a summed part's), V_SOURCE_OF (which input), V_NORMED_OF, V_READY_OF (it is left in the weights' order); and EXPERTS, TOP, NORMALIZE, CHOOSE (1: here,
-// 2: it was chosen before, 0: no experts);
-// SIGNALS: 0, or the jobs of the router. Then the launches of a mixture tell each other what they need to fetch experts
-// before the launch in front has ended: the router's jobs that are done, and that the choice is there. The first launch
-// takes back the second word, and the last one the first.
-
+// NVRTC is given: GROUPS (a power of two) and STAGES (a multiple of it, so that a stage is always the same group's);
+// PARTS, and lists with an entry a part: EIGHTS_OF (of rows of a job: 1, 2 or 4), BITS_OF, ROWS_OF, COLUMNS_OF,
+// COPIES_OF (experts, or 1), SUMMED_OF (experts' results are added up), CHOSEN_OF (the part is of experts), VECTOR_OF
+// (which vector it reads), TO_OF (what becomes of a result), FOR_OF (bits of the weights that will meet it, whose order
+// it is left in, or 0);
+// VECTORS, and lists with an entry a vector: V_BITS_OF (of the weights that meet it), V_COLUMNS_OF, V_NONE_OF (it is
+// none: a summed part's), V_SOURCE_OF (which input), V_NORMED_OF, V_READY_OF (it lies in the weights' order already);
+// EXPERTS, TOP, NORMALIZE, and CHOOSE (1: here, 2: it was chosen before, 0: no experts).
 #include "step.cuh"
 #include "choice.cuh"
 
@@ -36,7 +35,6 @@ struct Arguments {
   const float* bias;
   int* ids;            // of the chosen, best first
   float* chosen;       // their weights
-  u32* signals;        // experts' logits that are there, in jobs; whether ids are: see SIGNALS
   float eps, scale;
 };
 
@@ -133,12 +131,8 @@ struct Shared {
   DEVICE u8* ring(int stage) const { return memory + RING + stage * STAGE; }
 };
 
-// Begin a stage's copies; one lane. A summed part's vector, or all but it.
-template <int P> DEVICE void fill_vector(const Arguments& a, const Shared& s, int copy, int stage) {
-  const u8* from = (const u8*)a.inputs[0] + copy * COLUMNS(P) * 2;
-  copy_bulk(s.ring(stage) + vector_in_stage(P), from, COLUMNS(P) * 2, s.full(stage));
-}
-template <int P> DEVICE void fill(const Arguments& a, const Shared& s, const Cursor& c, int stage, bool whole) {
+// Begin a stage's copies; one lane.
+template <int P> DEVICE void fill(const Arguments& a, const Shared& s, const Cursor& c, int stage) {
   int tile = c.job, copy = 0, piece = c.inner;
   if (SUMMED(P)) copy = c.inner / pieces(P), piece = c.inner % pieces(P);
   else if (COPIES(P) > 1) copy = c.job / tiles(P), tile = c.job - copy * tiles(P);
@@ -149,7 +143,7 @@ template <int P> DEVICE void fill(const Arguments& a, const Shared& s, const Cur
   u64* barrier = s.full(stage);
   constexpr int vector = SUMMED(P) ? COLUMNS(P) * 2 : 0;
   arrive_and_expect(barrier, rows * (piece_bytes(P) + scale_bytes(P)) + vector);
-  if (vector && whole) fill_vector<P>(a, s, copy, stage);
+  if (vector) copy_bulk(to + vector_in_stage(P), (const u8*)a.inputs[0] + copy * vector, vector, barrier);
   const u8* from = part.weights + row * row_bytes(P) + piece * piece_bytes(P);
   if (pieces(P) == 1) {
     copy_bulk(to, from, rows * piece_bytes(P), barrier);
@@ -160,10 +154,10 @@ template <int P> DEVICE void fill(const Arguments& a, const Shared& s, const Cur
   if (BITS(P) == 4) copy_bulk(to + height(P) * pitch(P), part.scales + row * scale_bytes(P), rows * scale_bytes(P), barrier);
 }
 
-DEVICE void fill_next(const Arguments& a, const Shared& s, const Cursor& c, int stage, bool whole = true) {
-  if (c.part == 0) fill<0>(a, s, c, stage, whole);
-  else if (PARTS > 1 && c.part == 1) fill<P1>(a, s, c, stage, whole);
-  else if (PARTS > 2) fill<P2>(a, s, c, stage, whole);
+DEVICE void fill_next(const Arguments& a, const Shared& s, const Cursor& c, int stage) {
+  if (c.part == 0) fill<0>(a, s, c, stage);
+  else if (PARTS > 1 && c.part == 1) fill<P1>(a, s, c, stage);
+  else if (PARTS > 2) fill<P2>(a, s, c, stage);
 }
 
 // A job's results, in the first lanes, to where they go.
@@ -232,11 +226,7 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
   choice.load(a.bias, scales);
 #endif
   __syncthreads();
-  if (!SIGNALS || CHOOSE == 0) wait_for_producers();
-  if (SIGNALS && CHOOSE > 0) {
-    while (signal_of(a.signals + CHOOSE - 1) < (CHOOSE == 1 ? SIGNALS : 1)) {}
-  }
-  if (SIGNALS && CHOOSE == 0 && blockIdx.x == 0 && lane == 0) signal_set(a.signals + 1, 0);
+  wait_for_producers();
 #if CHOOSE == 1
   float weight, scale;
   choice.choose(a.logits, a.scale, (Candidate*)(s.memory + KEYS), s.ids(), weight, scale);
@@ -244,25 +234,16 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
     s.weights()[lane] = SUMMED(of) ? weight * scale : scale;
     if (blockIdx.x == 0) a.ids[lane] = s.ids()[lane], a.chosen[lane] = weight;
   }
-  __syncwarp();
-  if (SIGNALS && blockIdx.x == 0 && lane == 0) signal_add(a.signals + 1);
 #elif CHOOSE == 2
   const int id = lane < TOP ? __ldcg(a.ids + lane) : 0;
   const float weight = lane < TOP ? __ldcg(a.chosen + lane) : 0;
   if (lane < TOP) s.ids()[lane] = id;
 #endif
   __syncwarp();
-  const bool early = SIGNALS && CHOOSE == 2;
-  Cursor bare = fill_at;
 #pragma unroll 1
   for (; more && filled < STAGES; ++filled) {
-    if (lane == 0) fill_next(a, s, fill_at, filled, !early);
+    if (lane == 0) fill_next(a, s, fill_at, filled);
     more = fill_at.next_stage();
-  }
-  if (SIGNALS && CHOOSE > 0) wait_for_producers();
-  if (early && lane == 0) {  // the vectors of what is under way are there now
-    for (int i = 0; i < filled; ++i, bare.next_stage()) fill_vector<0>(a, s, bare.inner / pieces(0), i);
-    if (blockIdx.x == 0) signal_set(a.signals, 0);
   }
   let_next_begin();
 #if CHOOSE == 2
@@ -299,10 +280,6 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
       if (done.part == 0) finish<0>(a, s, done, y, factors[0], before, add);
       else if (PARTS > 1 && done.part == 1) finish<P1>(a, s, done, y, factors[P1], before, add);
       else if (PARTS > 2) finish<P2>(a, s, done, y, factors[P2], before, add);
-      if (SIGNALS && CHOOSE == 0 && done.part == 0) {
-        __syncwarp();
-        if (lane == 0) signal_add(a.signals);
-      }
     }
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
