@@ -225,6 +225,7 @@ def test_linear_add_and_head(step: Step, monkeypatch: pytest.MonkeyPatch, bits: 
 
 NO_WEIGHTS = {
     "codes in no whole steps": weight(4, 16, 80),
+    "scales in no whole sixteens": weight(4, 18, 64),
     "FP8 in no whole sixteens": weight(8, 16, 328),
     "FP8 that are long, in no whole steps": weight(8, 16, 2112 + 16),
     "BF16 in no whole steps": weight(16, 16, 96),
