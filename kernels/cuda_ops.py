@@ -99,21 +99,23 @@ def moe_add(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
         (narrow,) = _room(stream, around[0].rows)
         front, weights, outs = (*front, around[0]), (*weights, w.latent_in), (*outs, narrow)
     order = (0, shared_down.bits, up.bits)[: len(front)]
-    first = plans.normed(front, ("FLOAT", "SQUARED", "BF16")[: len(front)], order)
-    _run(first, weights, outs, Inputs((stream,), norm.weight, norm.eps))
-    here, before = (Router(count, w.top_k, w.normalize, here) for here in (True, False))
+    here, front_chose, before = (Router(count, w.top_k, w.normalize, at) for at in ("here", "in front", "before"))
+    first = plans.normed(front, ("FLOAT", "SQUARED", "BF16")[: len(front)], order, here)
     choice = Inputs(
-        (narrow, shared), norm.weight, norm.eps, logits=logits, bias=w.bias, ids=ids, chosen=chosen, scale=w.scale
-    )
-    second = plans.up(shared_down, up, here, latent=bool(around))
-    _run(second, (w.shared_down, w.up), (added, hidden), choice)
+        (stream,), norm.weight, norm.eps, logits=logits, bias=w.bias, ids=ids, chosen=chosen, ticket=w.tickets,
+        scale=w.scale,
+    )  # fmt: skip
+    _run(first, weights, outs, choice)
+    second = plans.up(shared_down, up, front_chose, latent=bool(around))
+    middle = Inputs((narrow, shared), norm.weight, norm.eps, ids=ids, chosen=chosen)
+    _run(second, (w.shared_down, w.up), (added, hidden), middle)
     if not w.latent_out:
         ends = Inputs((hidden,), stream=stream, addend=added, ids=ids, chosen=chosen)
         _run(plans.down(down, before, "STREAM", 0), (w.down,), (new,), ends)
         return new
     (routed,) = _room(stream, down.rows)
-    middle = Inputs((hidden,), ids=ids, chosen=chosen)
-    _run(plans.down(down, before, "BF16", around[1].bits), (w.down,), (routed,), middle)
+    last = Inputs((hidden,), ids=ids, chosen=chosen)
+    _run(plans.down(down, before, "BF16", around[1].bits), (w.down,), (routed,), last)
     ends = Inputs((routed,), stream=stream, addend=added)
     _run(plans.plain(around[1], "STREAM", ready=True), (w.latent_out,), (new,), ends)
     return new

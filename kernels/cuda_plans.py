@@ -55,12 +55,14 @@ def part(
 
 
 @cache
-def normed(matrices: tuple[Matrix, ...], to: tuple[To, ...], ready: tuple[int, ...]) -> Plan:
-    """Up to three matrices over the norm of the stream; ``ready`` as of `Part`."""
+def normed(
+    matrices: tuple[Matrix, ...], to: tuple[To, ...], ready: tuple[int, ...], router: Router | None = None
+) -> Plan:
+    """Up to three matrices over the norm of the stream; ``ready`` as of `Part`. A router's is the first."""
     bits = list(dict.fromkeys(m.bits for m in matrices))
     each = zip(matrices, to, ready, strict=True)
     parts = tuple(part(m, bits.index(m.bits), kind, ready=order) for m, kind, order in each)
-    return Plan(parts, tuple(Vector(b, matrices[0].columns, normed=True) for b in bits))
+    return Plan(parts, tuple(Vector(b, matrices[0].columns, normed=True) for b in bits), router)
 
 
 @cache

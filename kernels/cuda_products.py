@@ -12,15 +12,11 @@ from nanoserve.kernels import nvrtc
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
 
 BITS = {torch.bfloat16: 16, torch.float32: 32}
-LONGEST = 4096
-"""Bytes of a row that are copied at once, but for codes."""
-GROUP = 4
-"""Warps that share a stage."""
-
-POINTERS = ("norm", "stream", "addend", "logits", "bias", "ids", "chosen")
+POINTERS = ("norm", "stream", "addend", "logits", "bias", "ids", "chosen", "ticket")
 """Of an argument, in products.cu's order."""
 
 To = Literal["BF16", "SQUARED", "STREAM", "FLOAT"]
+Chosen = Literal["here", "in front", "before"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +67,32 @@ class Vector:
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """Where experts are chosen: ``here``, or in a launch before."""
+    """Where experts are chosen: here, by the first part's results; in the launch in front; or in one before it."""
 
     experts: int
     top_k: int
     normalize: bool
-    here: bool
+    chosen: Chosen
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a launch is cut: groups of warps that take turns, stages of a block's ring; a block a multiprocessor."""
+    """How a launch is cut: groups of warps that take turns, stages of a block's ring; a block a multiprocessor.
+
+    Attributes:
+        groups, stages, warps: groups of so many warps, which share a stage; stages of the ring.
+        longest: bytes of a row that are copied at once, but for codes.
+    """
 
     groups: int = 2
     stages: int = 4
+    warps: int = 4
+    longest: int = 4096
 
     @property
     def threads(self) -> int:
         """Of a block: its groups, and the warp that copies."""
-        return (self.groups * GROUP + 1) * 32
+        return (self.groups * self.warps + 1) * 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,9 @@ class Plan:
         p, v, r = self.parts, self.vectors, self.router
         return {
             "GROUPS": str(cut.groups),
+            "GROUP": str(cut.warps),
             "STAGES": str(cut.stages),
+            "LONGEST": str(cut.longest),
             "PARTS": str(len(p)),
             "EIGHTS_OF": of([x.eights for x in p]),
             "BITS_OF": of([x.bits for x in p]),
@@ -131,34 +136,50 @@ class Plan:
             "EXPERTS": str(r.experts if r else 1),
             "TOP": str(r.top_k if r else 1),
             "NORMALIZE": str(int(r.normalize if r else False)),
-            "CHOOSE": str(0 if r is None else 1 if r.here else 2),
+            "CHOOSE": str(0 if r is None else {"here": 1, "in front": 2, "before": 3}[r.chosen]),
         }
 
     def shared(self, cut: Cut) -> int:
         """Bytes of shared memory of a block, as products.cu lays it out."""
         vectors = sum(_up_to(x.columns, 1024 // x.bits) * 2 for x in self.vectors if not x.none)
-        keys = self.router.experts * 16 if self.router and self.router.here else 0
-        ring = _up_to(
-            _up_to(768 + cut.stages * cut.groups * GROUP * max(x.eights for x in self.parts) * 32 + keys, 128)
-            + 256
-            + vectors,
-            128,
-        )
-        return ring + cut.stages * max(_stage_bytes(part) for part in self.parts)
+        results = cut.stages * cut.groups * cut.warps * max(x.eights for x in self.parts) * 32
+        ring = _up_to(_up_to(640 + results, 128) + 256 + vectors, 128)
+        return ring + cut.stages * max(_stage_bytes(part, cut.longest) for part in self.parts)
 
     @property
     def jobs(self) -> int:
         """Of all parts."""
-        return sum(-(-x.rows // (8 * x.eights)) * (1 if x.summed else max(x.copies, 1)) for x in self.parts)
+        return sum(_jobs(part) for part in self.parts)
+
+    def own(self, blocks: int) -> int:
+        """Of so many blocks, how many take the router's jobs alone, so that it is soon done; 0: all share."""
+        if self.router is None or self.router.chosen != "here" or blocks < 2 or len(self.parts) < 2:
+            return 0
+        gate, others = self.parts[0], self.parts[1:]
+        cost = sum(_jobs(part) * _job_bytes(part) for part in others) / sum(_jobs(part) for part in others)
+
+        def loads(own: int) -> tuple[float, float]:
+            router = -(-_jobs(gate) // own) * _job_bytes(gate)
+            return max(router, -(-(self.jobs - _jobs(gate)) // (blocks - own)) * cost), router
+
+        return min(range(1, min(_jobs(gate), blocks - 1) + 1), key=loads)
+
+
+def _jobs(part: Part) -> int:
+    return -(-part.rows // (8 * part.eights)) * (1 if part.summed else max(part.copies, 1))
+
+
+def _job_bytes(part: Part) -> int:
+    return part.eights * part.columns * part.bits
 
 
 def _up_to(value: int, whole: int) -> int:
     return -(-value // whole) * whole
 
 
-def _stage_bytes(part: Part) -> int:
+def _stage_bytes(part: Part, longest: int) -> int:
     row = part.columns * part.bits // 8
-    pieces = 1 if part.bits == 4 else -(-row // LONGEST)
+    pieces = 1 if part.bits == 4 else -(-row // longest)
     while pieces > 1 and row % (pieces * 128):
         pieces += 1
     piece = row // pieces
@@ -179,6 +200,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in POINTERS),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
+        ("own", ctypes.c_int),
     ]
 
 
@@ -193,6 +215,7 @@ class Inputs:
         addend: added to a result before that.
         logits, bias, scale: of the choice, where it is made here.
         ids, chosen: the chosen experts, int32, and their weights, float32.
+        ticket: int32, zero before and after a launch that chooses.
     """
 
     vectors: tuple[Tensor, ...]
@@ -204,6 +227,7 @@ class Inputs:
     bias: Tensor | None = None
     ids: Tensor | None = None
     chosen: Tensor | None = None
+    ticket: Tensor | None = None
     scale: float = 0.0
 
 
@@ -245,4 +269,6 @@ def run(plan: Plan, weights: tuple[Weight, ...], outs: tuple[Tensor, ...], input
     for name in POINTERS:
         tensor: Tensor | None = getattr(inputs, name)
         setattr(arguments, name, tensor.data_ptr() if tensor is not None else None)
-    kernel.launch(min(plan.jobs, _multiprocessors(device)), arguments, device)
+    blocks = min(plan.jobs, _multiprocessors(device))
+    arguments.own = plan.own(blocks)
+    kernel.launch(blocks, arguments, device)

@@ -473,6 +473,13 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
     if (mask >> i & 1) bits |= slots[i].a[0] << i;
   return bits;
 }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  const machine::Slot* slots = machine::lanes_meet(mask, "__reduce_max_sync", slot_of<unsigned>(value));
+  unsigned most = 0;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) most = max(most, slots[lane].a[0]);
+  return most;
+}
 inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
 inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == mask; }
 
@@ -568,6 +575,7 @@ inline void mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, un
 }
 
 inline void prefetch(const void*) {}
+inline int take_ticket(int* count) { return (*count)++; }
 inline void cluster_arrive() {
   if (machine::now->arrived) machine::fault("cluster_arrive twice");
   machine::now->arrived = true, machine::now->cluster_phase = machine::cluster_phase;

@@ -58,5 +58,5 @@ def test_formats_are_those_of_the_releases() -> None:
         for op, launch in launches("super", (9, 0))
         if op == "moe_add"
     }
-    assert {bits for bits, choose in seen if choose == "1"} == {"4,4", "8,4", "16,4"}
+    assert {bits for bits, choose in seen if choose == "2"} == {"4,4", "8,4", "16,4"}
     assert {bits for bits, _ in seen} >= {"16,8,8", "16,8,16", "16,16,16"}

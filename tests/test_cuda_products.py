@@ -13,7 +13,6 @@ from nanoserve.kernels.cuda_products import Cut, Inputs, Part, Plan, Router, To,
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight, expert
 from nanoserve.kernels.norm import rms
 from nanoserve.kernels.nvfp4 import unpack
-from nanoserve.kernels.router import router
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed: CUDA C++ is not run on the CPU")
 
@@ -154,14 +153,16 @@ def outs_of(plan: Plan) -> tuple[Tensor, ...]:
     )
 
 
-def check(
-    machine: Machine, plan: Plan, cut: Cut, addend: bool = False, logits: Tensor | None = None
-) -> tuple[list[int], Tensor]:
-    """Run a plan over random inputs, by several numbers of blocks and in several orders; (ids, their weights)."""
+def check(machine: Machine, plan: Plan, cut: Cut, addend: bool = False, gate: Weight | None = None) -> list[int]:
+    """Run a plan over random inputs, by several numbers of blocks and in several orders; the chosen experts.
+
+    A gate is one whose logits are often equal: of such experts the lower number is chosen.
+    """
     weights = tuple(
         weight(part.bits, *([plan.router.experts] if plan.router and part.copies else []), part.rows, part.columns)
         for part in plan.parts
     )
+    weights = weights if gate is None else (gate, *weights[1:])
     sizes, ready = dict[int, int](), dict[int, int]()
     for vector in plan.vectors:
         source = 0 if vector.normed else vector.source
@@ -175,24 +176,12 @@ def check(
     rows = plan.parts[0].rows
     stream = torch.randn(rows).bfloat16() if plan.parts[0].to == "STREAM" else None
     added = torch.randn(rows).bfloat16() if addend else None
-    here = plan.router is not None and plan.router.here
-    bias = scale = None
+    here = plan.router is not None and plan.router.chosen == "here"
     top = plan.router.top_k if plan.router else 1
     want_ids, want_weights = list(range(top)), torch.ones(top)
-    if plan.router and here:
-        r = plan.router
-        bias, scale = torch.randn(r.experts) * 0.1, 2.5
-        if logits is None:
-            logits = torch.randn(r.experts)
-            gate = torch.eye(r.experts)
-            ids, chosen = router(logits[None], gate, bias, r.top_k, scale, r.normalize)
-            want_ids, want_weights = ids[0].tolist(), chosen[0]
-        else:  # many are equal: of these the lower number
-            bias = torch.zeros(r.experts)
-            scores = torch.sigmoid(logits)
-            want_ids = torch.sort(scores, descending=True, stable=True).indices[: r.top_k].tolist()
-            want_weights = scores[want_ids] / (scores[want_ids].sum() if r.normalize else 1) * scale
-    elif plan.router:
+    bias = (torch.zeros if gate else torch.randn)(plan.router.experts) * 0.1 if plan.router and here else None
+    ticket = torch.zeros(1, dtype=torch.int32)
+    if plan.router and not here:
         want_ids = torch.randperm(plan.router.experts)[:top].tolist()
         want_weights = torch.rand(top) + 0.1
     wants = list(expected(plan, weights, Inputs(vectors, norm, EPS, stream, added), (want_ids, want_weights)))
@@ -202,26 +191,31 @@ def check(
         outs = outs_of(plan)
         ids = torch.full((top,), -1, dtype=torch.int32) if here else torch.tensor(want_ids, dtype=torch.int32)
         chosen = torch.full((top,), torch.nan) if here else want_weights.clone()
-        optional = [t for t in (norm, bias, logits, stream, added) if t is not None]
-        machine.blocks, machine.seed = blocks, seed
+        optional = [t for t in (norm, bias, stream, added) if t is not None]
+        machine.multiprocessors, machine.blocks, machine.seed = blocks, blocks, seed
         machine.tensors = [
             *outs,
             *given,
             *optional,
             ids,
             chosen,
+            ticket,
             *(t for w in weights for t in tensors_of(w)),
         ]
-        choice = [t for t in (logits,) if t is not None] if here else [ids, chosen] if plan.router else []
+        choice = [ids, chosen] if plan.router and plan.router.chosen == "in front" else []
         decided = [*given, *(t for t in (stream, added) if t is not None)]
         machine.late = [*decided, *choice]
         inputs = Inputs(
-            given, norm, EPS, stream, added, logits, bias, ids if plan.router else None,
-            chosen if plan.router else None, scale or 0.0,
+            given, norm, EPS, stream, added, outs[0] if here else None, bias, ids if plan.router else None,
+            chosen if plan.router else None, ticket, 2.5,
         )  # fmt: skip
         cuda_products.run(plan, weights, outs, inputs, cut)
-        if here:
+        if plan.router and here and bias is not None:
+            scores = torch.sigmoid(outs[0].view(-1))
+            want_ids = torch.sort(scores + bias, descending=True, stable=True).indices[:top].tolist()
+            want_weights = scores[want_ids] / (scores[want_ids].sum() if plan.router.normalize else 1) * 2.5
             assert ids.tolist() == want_ids
+            assert not ticket
             torch.testing.assert_close(chosen, want_weights, rtol=2e-6, atol=0)
         results = [*outs, chosen]
         for part, out, (want, off) in zip(plan.parts, outs, wants, strict=True):
@@ -231,7 +225,7 @@ def check(
         if first:
             assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True)), (blocks, seed)
         first = results
-    return want_ids, want_weights
+    return want_ids
 
 
 SINGLE = [
@@ -265,9 +259,11 @@ def test_parts_of_tall_jobs(machine: Machine, eights: int) -> None:
     """Of experts, next to a matrix of jobs that are less tall; and their sum."""
     up = Part(4, 52, 192, to="SQUARED", copies=3, eights=eights)
     vectors = (Vector(4, 192, normed=True), Vector(8, 320, source=1))
-    check(machine, Plan((Part(8, 50, 320, vector=1), up), vectors, Router(24, 3, True, True)), Cut(2, 6))
+    check(machine, Plan((Part(8, 50, 320, vector=1), up), vectors, Router(24, 3, True, "in front")), Cut(2, 6))
     down = Part(4, 84, 448, to="STREAM", copies=5, summed=True, eights=eights)
-    check(machine, Plan((down,), (Vector(4, 448, none=True),), Router(24, 5, True, False)), Cut(2, 4), addend=True)
+    check(
+        machine, Plan((down,), (Vector(4, 448, none=True),), Router(24, 5, True, "before")), Cut(2, 4), addend=True
+    )
 
 
 @pytest.mark.parametrize("addend", [False, True])
@@ -329,22 +325,25 @@ CHOICES = [
 
 @pytest.mark.parametrize(("experts", "top_k", "normalize", "cut"), CHOICES)
 def test_experts_chosen_here(machine: Machine, experts: int, top_k: int, normalize: bool, cut: Cut) -> None:
-    """Next to the shared expert's second matrix, whose weights do not wait for the choice."""
-    plan = Plan(
-        (Part(8, 50, 320, vector=1), Part(4, 20, 192, to="SQUARED", copies=top_k)),
-        (Vector(4, 192, normed=True), Vector(8, 320, source=1)),
-        Router(experts, top_k, normalize, True),
-    )
+    """Next to the shared expert's first matrix, which other blocks take; and by a launch of the router alone."""
+    bits = 16 if experts == 512 else 32
+    gate, shared = Part(bits, experts, 192, to="FLOAT"), Part(4, 52, 192, vector=1, to="SQUARED")
+    vectors = (Vector(bits, 192, normed=True), Vector(4, 192, normed=True))
+    plan = Plan((gate, shared), vectors, Router(experts, top_k, normalize, "here"))
     check(machine, plan, cut)
-    for logits in (torch.zeros(experts), torch.arange(experts) % 3 / 4.0, -(torch.arange(experts) // 5) / 8.0):
-        ids, _ = check(machine, plan, cut, logits=logits.float())
+    check(machine, Plan((gate,), vectors[:1], plan.router), cut)
+    for same in (torch.zeros(experts), torch.arange(experts) % 3, torch.arange(experts) // 5):
+        rows = torch.randn(experts, 192)[same.long()] * 0.2
+        ids = check(machine, plan, cut, gate=Plain(rows.bfloat16() if bits == 16 else rows))
         assert len(set(ids)) == top_k
 
 
 @pytest.mark.parametrize(("bits", "columns"), [(4, 192), (8, 320), (16, 64), (16, 1536), (32, 64)])
 def test_experts_chosen_before(machine: Machine, bits: int, columns: int) -> None:
     plan = Plan(
-        (Part(bits, 20, columns, copies=5),), (Vector(bits, columns, normed=True),), Router(16, 5, True, False)
+        (Part(bits, 20, columns, copies=5),),
+        (Vector(bits, columns, normed=True),),
+        Router(16, 5, True, "in front"),
     )
     check(machine, plan, Cut(2, 4))
 
@@ -365,7 +364,7 @@ def test_summed_experts(machine: Machine, bits: int, columns: int, top_k: int, c
     plan = Plan(
         (Part(bits, 44, columns, to="STREAM", copies=top_k, summed=True),),
         (Vector(bits, columns, none=True),),
-        Router(24, top_k, True, False),
+        Router(24, top_k, True, "before" if columns % 128 else "in front"),
     )
     check(machine, plan, cut, addend=columns % 128 == 64)
 
@@ -375,7 +374,7 @@ def test_lanes_do_not_count_on_one_another(machine: Machine, cut: Cut) -> None:
     machine.apart = True
     check(machine, Plan((Part(32, 107, 1024, to="FLOAT"),), (Vector(32, 1024),)), cut)
     experts = Part(4, 44, 192, to="STREAM", copies=6, summed=True)
-    check(machine, Plan((experts,), (Vector(4, 192, none=True),), Router(24, 6, True, False)), cut)
+    check(machine, Plan((experts,), (Vector(4, 192, none=True),), Router(24, 6, True, "before")), cut)
 
 
 @pytest.mark.parametrize(
@@ -388,16 +387,16 @@ def test_results_and_vectors_that_are_ready(machine: Machine, bits: int, columns
         Part(bits, 40, columns, to="SQUARED", ready=12 - bits if bits < 16 else 4, eights=eights),
     )
     check(machine, Plan(parts, (Vector(bits, columns, ready=True), Vector(4, columns, source=1))), Cut(2, 4))
-    experts = Part(bits, 24, columns, to="SQUARED", copies=3, ready=bits, eights=eights)
-    check(machine, Plan((experts,), (Vector(bits, columns, ready=True),), Router(9, 3, True, False)), Cut(4, 4))
-    down = Part(bits, 24, columns, copies=3, summed=True, ready=bits, eights=eights)
-    check(machine, Plan((down,), (Vector(bits, columns, none=True),), Router(9, 3, False, False)), Cut(2, 2))
+    experts = Part(bits, 64, columns, to="SQUARED", copies=3, ready=bits, eights=eights)
+    check(machine, Plan((experts,), (Vector(bits, columns, ready=True),), Router(9, 3, True, "before")), Cut(4, 4))
+    down = Part(bits, 64, columns, copies=3, summed=True, ready=bits, eights=eights)
+    check(machine, Plan((down,), (Vector(bits, columns, none=True),), Router(9, 3, False, "in front")), Cut(2, 2))
 
 
 def mixture(experts: int, top_k: int, eights: int, latent: bool) -> tuple[Plan, Plan, Plan]:
     """Its launches: what reads the stream, the choice and what it decides, and the weighted sum."""
     gate = Part(32, experts, 448, to="FLOAT", eights=eights)
-    router = [Router(experts, top_k, True, here) for here in (True, False)]
+    routers = [Router(experts, top_k, True, at) for at in ("here", "in front", "before")]
     front = (gate, Part(8, 100, 448, vector=1, to="SQUARED", ready=8), Part(8, 64, 448, vector=1, ready=4))
     normed = (Vector(32, 448, normed=True), Vector(8, 448, normed=True))
     width = 64 if latent else 448
@@ -405,9 +404,9 @@ def mixture(experts: int, top_k: int, eights: int, latent: bool) -> tuple[Plan, 
     vectors = (Vector(4, width, normed=not latent, ready=latent), Vector(8, 320, source=1, ready=True))
     down = Part(4, 84 if not latent else 64, 192, to="BF16" if latent else "STREAM", copies=top_k, summed=True)
     return (
-        Plan(front[: 2 + latent], normed),
-        Plan(up, vectors, router[0]),
-        Plan((down,), (Vector(4, 192, none=True),), router[1]),
+        Plan(front[: 2 + latent], normed, routers[0]),
+        Plan(up, vectors, routers[1]),
+        Plan((down,), (Vector(4, 192, none=True),), routers[2]),
     )
 
 

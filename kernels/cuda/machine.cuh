@@ -40,6 +40,12 @@ DEVICE void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                :: "r"(place(to)), "l"(from), "r"(bytes), "r"(place(barrier)) : "memory");
 }
+// One more of so many; what was written before is seen by who takes a later one. The number before.
+DEVICE int take_ticket(int* count) {
+  int before;
+  asm volatile("fence.acq_rel.gpu;\natom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+  return before;
+}
 DEVICE void prefetch(const void* p) {  // its line, to the second cache
   asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
 }

@@ -6,14 +6,14 @@
 // what they have of a job and writes it. So the weights of what the launch in front does not decide are on their way
 // before that has ended.
 //
-// NVRTC is given: GROUPS (a power of two) and STAGES (a multiple of it, so that a stage is always the same group's);
-// PARTS, and lists with an entry a part: EIGHTS_OF (of rows of a job: 1, 2 or 4), BITS_OF, ROWS_OF, COLUMNS_OF,
-// COPIES_OF (experts, or 1), SUMMED_OF (experts' results are added up), CHOSEN_OF (the part is of experts), VECTOR_OF
-// (which vector it reads), TO_OF (what becomes of a result), FOR_OF (bits of the weights that will meet it, whose order
-// it is left in, or 0);
-// VECTORS, and lists with an entry a vector: V_BITS_OF (of the weights that meet it), V_COLUMNS_OF, V_NONE_OF (it is
-// none: a summed part's), V_SOURCE_OF (which input), V_NORMED_OF, V_READY_OF (it lies in the weights' order already);
-// EXPERTS, TOP, NORMALIZE, and CHOOSE (1: here, 2: it was chosen before, 0: no experts).
+// NVRTC is given: GROUPS (a power of two), STAGES (a multiple of it, so that a stage is always the same group's);
+// PARTS and lists with an entry a part: EIGHTS_OF (of rows of a job: 1, 2 or 4), BITS_OF,
+// COLUMNS_OF, COPIES_OF (experts, or 1), ROWS_OF, SUMMED_OF (experts' results are added up), CHOSEN_OF (the part
+// is of experts), VECTOR_OF (which vector it reads), TO_OF (what becomes of a result), FOR_OF (bits of the weights
+// that will meet it, whose order it is left in, or 0); VECTORS and lists with an entry a vector: V_BITS_OF (of the
+// weights that meet it), V_COLUMNS_OF, V_NONE_OF (it is none: a summed part's), V_SOURCE_OF (which input),
+// V_NORMED_OF, V_READY_OF (it is left in the weights' order); and EXPERTS, TOP, NORMALIZE, CHOOSE: 1, experts are
+// chosen here, when the first part, the router, is done; 2, the launch in front has chosen; 3, one before that has; 0.
 #include "step.cuh"
 #include "choice.cuh"
 
@@ -35,7 +35,9 @@ struct Arguments {
   const float* bias;
   int* ids;            // of the chosen, best first
   float* chosen;       // their weights
+  int* ticket;         // zero between launches: blocks that are done with the router count themselves
   float eps, scale;
+  int own;             // so many blocks take the first part's jobs, and the others the rest; or 0
 };
 
 #define LIST(name, ...)                  \
@@ -60,8 +62,7 @@ LIST(V_NONE, V_NONE_OF)
 LIST(V_SOURCE, V_SOURCE_OF)
 LIST(V_NORMED, V_NORMED_OF)
 LIST(V_READY, V_READY_OF)
-constexpr int LONGEST = 4096;  // bytes of a row that are copied at once, but for codes
-constexpr int GROUP = 4, WARPS = GROUPS * GROUP;
+constexpr int WARPS = GROUPS * GROUP;
 
 CONSTANT int up_to(int value, int whole) { return (value + whole - 1) / whole * whole; }
 CONSTANT int height(int p) { return 8 * EIGHTS(p); }  // rows of a job
@@ -89,8 +90,9 @@ CONSTANT int vector_at(int v) { return v == 0 ? 0 : vector_at(v - 1) + (V_NONE(v
 // Shared memory.
 constexpr int HEIGHT = up_to(height(0) > height(P1) ? height(0) : height(P1), height(P2));  // powers of two
 // Where a lane's part of a vector is none, it reads zeros, from banks that the others of its eight do not touch.
-constexpr int RED = 384, CHOICE = RED + STAGES * WARPS * HEIGHT * 4, KEYS = CHOICE + 384;  // ids, places, weights; candidates
-constexpr int ZEROS = up_to(KEYS + (CHOOSE == 1 ? EXPERTS * 16 : 0), 128) + 96, X = ZEROS + 160, RING = up_to(X + vector_at(VECTORS), 128), STAGE = stage_size();
+constexpr int RED = 384, CHOICE = RED + STAGES * WARPS * HEIGHT * 4;  // ids, weights
+constexpr int ZEROS = up_to(CHOICE + 256, 128) + 96, X = ZEROS + 160;
+constexpr int RING = up_to(X + vector_at(VECTORS), 128), STAGE = stage_size();
 constexpr int THREADS = WARPS * 32;  // but for the warp that copies
 static_assert(STAGES <= 16 && STAGES % GROUPS == 0, "a stage is always the same group's");
 
@@ -101,11 +103,21 @@ constexpr bool SINGLE = stages(0) == 1 && stages(P1) == 1 && stages(P2) == 1;  /
 constexpr int TURN = SINGLE ? GROUPS : 1;
 constexpr int FIRST_JOBS = jobs(0), SECOND_JOBS = PARTS > 1 ? jobs(P1) : 0, THIRD_JOBS = PARTS > 2 ? jobs(P2) : 0;
 
-// Where a block is in its work: a job of a part, and in it a stage's worth. A summed part's job has all experts' rows.
+// Where a block is in its work: a job of a part, and in it a stage's worth. A summed part's job has all experts'
+// rows.
 struct Cursor {
-  int job, part, inner;
+  int job, part, inner, stride;
+  bool first_only;
+  DEVICE static Cursor of_block(int own) {
+    const int block = blockIdx.x, all = gridDim.x;
+    if (own == 0) return {block, 0, 0, all, false};
+    return block < own ? Cursor{block, 0, 0, own, true} : Cursor{block - own + FIRST_JOBS, 0, 0, all - own, false};
+  }
   DEVICE bool settle() {  // which part the job is of; false past the end
-    if (part == 0 && job >= FIRST_JOBS) job -= FIRST_JOBS, part = 1;
+    if (part == 0 && job >= FIRST_JOBS) {
+      if (first_only) return false;
+      job -= FIRST_JOBS, part = 1;
+    }
     if (PARTS > 1 && part == 1 && job >= SECOND_JOBS) job -= SECOND_JOBS, part = 2;
     if (PARTS > 2 && part == 2 && job >= THIRD_JOBS) part = 3;
     return part < PARTS;
@@ -114,7 +126,7 @@ struct Cursor {
   DEVICE bool chosen() const { return part == 0 ? CHOSEN(0) : PARTS > 1 && part == 1 ? CHOSEN(P1) : CHOSEN(P2); }
   DEVICE bool next_job(int turn = 1) {
     inner = 0;
-    job += gridDim.x * turn;
+    job += stride * turn;
     return settle();
   }
   DEVICE bool next_stage() { return ++inner < stages() || next_job(); }
@@ -127,11 +139,16 @@ struct Shared {
   DEVICE u64* weighted() const { return (u64*)memory + 32; }  // the chosen experts' weights are there
   DEVICE float* red(int stage) const { return (float*)(memory + RED) + stage * WARPS * HEIGHT; }
   DEVICE int* ids() const { return (int*)(memory + CHOICE); }
-  DEVICE float* weights() const { return (float*)(memory + CHOICE + 256); }
+  DEVICE float* weights() const { return (float*)(memory + CHOICE + 128); }
   DEVICE u8* ring(int stage) const { return memory + RING + stage * STAGE; }
 };
 
-// Begin a stage's copies; one lane.
+// Begin a stage's copies; one lane. A summed part's vector, or all but it.
+template <int P> DEVICE void fill_vector(const Arguments& a, const Shared& s, const Cursor& c, int stage) {
+  constexpr int bytes = COLUMNS(P) * 2;
+  const u8* from = (const u8*)a.inputs[0] + c.inner / pieces(P) * bytes;
+  copy_bulk(s.ring(stage) + vector_in_stage(P), from, bytes, s.full(stage));
+}
 template <int P> DEVICE void fill(const Arguments& a, const Shared& s, const Cursor& c, int stage) {
   int tile = c.job, copy = 0, piece = c.inner;
   if (SUMMED(P)) copy = c.inner / pieces(P), piece = c.inner % pieces(P);
@@ -143,7 +160,6 @@ template <int P> DEVICE void fill(const Arguments& a, const Shared& s, const Cur
   u64* barrier = s.full(stage);
   constexpr int vector = SUMMED(P) ? COLUMNS(P) * 2 : 0;
   arrive_and_expect(barrier, rows * (piece_bytes(P) + scale_bytes(P)) + vector);
-  if (vector) copy_bulk(to + vector_in_stage(P), (const u8*)a.inputs[0] + copy * vector, vector, barrier);
   const u8* from = part.weights + row * row_bytes(P) + piece * piece_bytes(P);
   if (pieces(P) == 1) {
     copy_bulk(to, from, rows * piece_bytes(P), barrier);
@@ -158,6 +174,10 @@ DEVICE void fill_next(const Arguments& a, const Shared& s, const Cursor& c, int 
   if (c.part == 0) fill<0>(a, s, c, stage);
   else if (PARTS > 1 && c.part == 1) fill<P1>(a, s, c, stage);
   else if (PARTS > 2) fill<P2>(a, s, c, stage);
+}
+// A summed part is a launch's only one.
+DEVICE void fill_next_vector(const Arguments& a, const Shared& s, const Cursor& c, int stage) {
+  if (SUMMED(0)) fill_vector<0>(a, s, c, stage);
 }
 
 // A job's results, in the first lanes, to where they go.
@@ -196,6 +216,17 @@ template <int P> DEVICE float collect(const float* red, int first, int lane) {
   return y;
 }
 
+// Which experts were chosen, and what their results are times; by a warp.
+template <int P> DEVICE void take_chosen(const Arguments& a, const Shared& s, const float* scales) {
+  const int lane = threadIdx.x & 31;
+  if (lane < TOP) {
+    const int id = __ldcg(a.ids + lane);
+    s.ids()[lane] = id;
+    s.weights()[lane] = (scales ? scales[id] : 1) * (SUMMED(P) ? __ldcg(a.chosen + lane) : 1);
+  }
+  __syncwarp();
+}
+
 // The warp that copies, and writes results.
 DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bool some) {
   const int lane = threadIdx.x & 31;
@@ -207,9 +238,16 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
     begin_barrier(s.weighted(), 1);
     publish_barriers();
   }
+#if CHOOSE > 1
+  constexpr int of = CHOSEN(P2) ? P2 : CHOSEN(P1) ? P1 : 0;
+  const float* scales = BITS(of) < 16 ? a.parts[of].factors : nullptr;
+#endif
+#if CHOOSE == 3
+  take_chosen<of>(a, s, scales);
+#endif
   // What the launch in front does not decide.
 #pragma unroll 1
-  for (; more && filled < STAGES && !fill_at.chosen(); ++filled) {
+  for (; more && filled < STAGES && (CHOOSE == 3 || !fill_at.chosen()); ++filled) {
     if (lane == 0) fill_next(a, s, fill_at, filled);
     more = fill_at.next_stage();
   }
@@ -217,38 +255,23 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
 #pragma unroll
   for (int p = 0; p < PARTS; ++p)
     if (BITS(p) < 16 && !CHOSEN(p)) factors[p] = *a.parts[p].factors;
-#if CHOOSE > 0
-  constexpr int of = CHOSEN(P2) ? P2 : CHOSEN(P1) ? P1 : 0;
-  const float* scales = BITS(of) < 16 ? a.parts[of].factors : nullptr;
-#endif
-#if CHOOSE == 1
-  Choice<EXPERTS, TOP, NORMALIZE> choice;
-  choice.load(a.bias, scales);
-#endif
   __syncthreads();
   wait_for_producers();
-#if CHOOSE == 1
-  float weight, scale;
-  choice.choose(a.logits, a.scale, (Candidate*)(s.memory + KEYS), s.ids(), weight, scale);
-  if (lane < TOP) {
-    s.weights()[lane] = SUMMED(of) ? weight * scale : scale;
-    if (blockIdx.x == 0) a.ids[lane] = s.ids()[lane], a.chosen[lane] = weight;
+  if (SUMMED(0)) {
+    Cursor again = begin;
+#pragma unroll 1
+    for (int stage = 0; stage < filled; ++stage, again.next_stage())
+      if (lane == 0) fill_next_vector(a, s, again, stage);
   }
-#elif CHOOSE == 2
-  const int id = lane < TOP ? __ldcg(a.ids + lane) : 0;
-  const float weight = lane < TOP ? __ldcg(a.chosen + lane) : 0;
-  if (lane < TOP) s.ids()[lane] = id;
+#if CHOOSE == 2
+  take_chosen<of>(a, s, scales);
 #endif
-  __syncwarp();
 #pragma unroll 1
   for (; more && filled < STAGES; ++filled) {
-    if (lane == 0) fill_next(a, s, fill_at, filled);
+    if (lane == 0) fill_next(a, s, fill_at, filled), fill_next_vector(a, s, fill_at, filled);
     more = fill_at.next_stage();
   }
   let_next_begin();
-#if CHOOSE == 2
-  if (lane < TOP) s.weights()[lane] = (scales ? scales[id] : 1) * (SUMMED(of) ? weight : 1);
-#endif
   __syncwarp();
   if (lane == 0) arrive(s.weighted());
   int stage = 0, first = 0, order = 0;  // of the job: its first stage's group, its place among results
@@ -273,7 +296,7 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
     }
     if (more) {
       __syncwarp();  // a lane that still waits for this stage must not see its next phase
-      if (lane == 0) fill_next(a, s, fill_at, stage);
+      if (lane == 0) fill_next(a, s, fill_at, stage), fill_next_vector(a, s, fill_at, stage);
       more = fill_at.next_stage();
     }
     if (last) {
@@ -283,6 +306,15 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
     }
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
+#if CHOOSE == 1
+  const int routers = min(FIRST_JOBS, a.own ? a.own : (int)gridDim.x);
+  if (blockIdx.x >= routers) return;
+  __syncwarp();  // all lanes have written their logits
+  const int before = __shfl_sync(ALL, lane == 0 ? take_ticket(a.ticket) : 0, 0);
+  if (before < routers - 1) return;
+  choose<EXPERTS, TOP, NORMALIZE>(a.logits, a.bias, a.scale, a.ids, a.chosen);
+  if (lane == 0) *a.ticket = 0;
+#endif
 }
 
 template <int V> DEVICE void put_normed(u8* x, int at, const float* f) {  // in each vector of the norm
@@ -445,7 +477,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, LEAST_BLOCKS) product
   extern __shared__ __align__(128) u8 memory[];
   const Shared s = {memory};
   const int lane = threadIdx.x & 31, warp = __shfl_sync(ALL, threadIdx.x >> 5, 0), group = warp / GROUP;
-  Cursor c = {(int)blockIdx.x, 0, 0};
+  Cursor c = Cursor::of_block(a.own);
   if (warp == WARPS) {
     bool some = c.settle();
     produce(a, s, c, some);
@@ -459,7 +491,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, LEAST_BLOCKS) product
   __syncthreads();  // the barriers are there
   prepare(a, x);
   u32 turn = 0, order = 0;
-  if (SINGLE) turn = order = group, c.job += group * gridDim.x;
+  if (SINGLE) turn = order = group, c.job += group * c.stride;
 #pragma unroll 1
   for (bool left = c.settle(); left; left = c.next_job(TURN)) {
     if (c.part == 0) consume<0>(s, c, group, warp % GROUP, lane, turn, order);
