@@ -542,6 +542,14 @@ inline float e4m3(unsigned code) {
 inline void four_scales(unsigned bytes, float* s) {
   for (int i = 0; i < 4; ++i) s[i] = e4m3(bytes >> 8 * i & 255);
 }
+inline unsigned pick(unsigned low, unsigned high, unsigned which) {
+  unsigned r = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned n = which >> 4 * i & 15, byte = (n & 4 ? high : low) >> 8 * (n & 3) & 255;
+    r |= (n & 8 ? (byte >> 7) * 255 : byte) << 8 * i;
+  }
+  return r;
+}
 inline unsigned as_fp8(float v) {  // E4M3: to nearest, ties to even, clamped; NaN stays
   const unsigned sign = __float_as_uint(v) >> 31 << 7;
   if (v != v) return 0x7Fu;

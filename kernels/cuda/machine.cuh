@@ -69,6 +69,14 @@ DEVICE void four_scales(u32 bytes, float* s) {
       : "=f"(s[0]), "=f"(s[1]), "=f"(s[2]), "=f"(s[3]) : "r"(bytes));
 }
 
+// Of each of the four lower nibbles of `which` a byte: of the eight of `low` and `high` the one that its bits 2 to
+// 0 name; with bit 3 set, eight times that one's highest bit.
+DEVICE u32 pick(u32 low, u32 high, u32 which) {
+  u32 r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(which));
+  return r;
+}
+
 // c += a b of 16 x 16 and 16 x 8 BF16. Lane 4 g + t holds of a the rows g (a0, a2) and g + 8 (a1, a3), of b the column
 // g, of both columns (rows of b) 2 t, 2 t + 1 (a0, a1, b0) and 8 more (a2, a3, b1); of c row g (c0, c1) and g + 8
 // (c2, c3) at columns 2 t and 2 t + 1.
