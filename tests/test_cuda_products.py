@@ -16,7 +16,10 @@ from nanoserve.kernels.nvfp4 import unpack
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed: CUDA C++ is not run on the CPU")
 
-CUTS = (Cut(2, 4), Cut(1, 3), Cut(4, 4), Cut(1, 2), Cut(2, 6), Cut(4, 12), Cut(2, 2), Cut(4, 8), Cut(1, 7))
+CUTS = (
+    Cut(2, 4), Cut(1, 3), Cut(4, 4), Cut(1, 2, 8), Cut(2, 6, longest=1024), Cut(4, 12), Cut(2, 2, 8), Cut(4, 8),
+    Cut(1, 7),
+)  # fmt: skip
 TARGETS: tuple[To, ...] = ("FLOAT", "BF16", "SQUARED", "STREAM")
 NEXT = count()
 EPS = 1e-5

@@ -210,7 +210,7 @@ template <int P> DEVICE float collect(const float* red, int first, int lane) {
 #pragma unroll
   for (int i = 0; i < (stages(P) < GROUPS ? stages(P) : GROUPS); ++i)
 #pragma unroll
-    for (int e = 0; e < EIGHTS(P); ++e) y += red[(first + i) % GROUPS * GROUP * HEIGHT + e * 32 + lane];
+    for (int e = 0; e < EIGHTS(P) * GROUP / 4; ++e) y += red[(first + i) % GROUPS * GROUP * HEIGHT + e * 32 + lane];
   if (EIGHTS(P) < 2) y += __shfl_xor_sync(ALL, y, 8);
   if (EIGHTS(P) < 4) y += __shfl_xor_sync(ALL, y, 16);
   return y;
