@@ -35,6 +35,7 @@ PLACES = (
     "copier waits", "copier waited", "filled", "copier begins", "last stage", "copier ends",
 )  # fmt: skip
 """Of the trace: the first consumer warp, then the one that copies."""
+WAITED = PLACES.index("copier waited")
 HEADER = """
 __device__ unsigned long long trace_[4096 * 16];
 __device__ __forceinline__ void trace(int i, bool mine) {
@@ -45,7 +46,7 @@ __device__ __forceinline__ void trace(int i, bool mine) {
 """
 MARKS = (  # (what stands once in products.cu, what goes in front of it, what behind)
     ("DEVICE u32 place(", HEADER, ""),
-    ("  Cursor c = {(int)blockIdx.x, 0, 0};\n", "CONSUMER(0)\n", ""),
+    ("  Cursor c = Cursor::of_block(a.own);\n", "CONSUMER(0)\n", ""),
     ("  wait_for_producers();\n  if (V_NORMED(0)) {\n", "CONSUMER(1)\n", "    CONSUMER(2)\n"),
     ("  load_plain<0>(a, x);", "CONSUMER(3)\n", ""),
     ("  prepare(a, x);\n", "", "CONSUMER(4)\n  bool first_job = true;\n"),
@@ -223,10 +224,12 @@ def trace(name: str) -> None:
             and int(driver.cuMemcpyDtoH(ctypes.addressof(host), place, ctypes.sizeof(host))[0]) == 0
         ):
             times = torch.tensor(list(host), dtype=torch.int64).view(4096, 16)
-            tables.append(times[times[:, 2] > 0])
-    for times in sorted(tables, key=lambda t: int(t[:, 2].min())):
-        first = int(times[:, 2].min())
-        print(f"{len(times)} blocks; microseconds from when the first had waited, least, median and most")
+            tables.append(times[times[:, WAITED] > 0])
+    tables = sorted((t for t in tables if len(t)), key=lambda t: int(t[:, WAITED].min()))
+    start = int(tables[0][:, WAITED].min())
+    for times in tables:
+        first = int(times[:, WAITED].min())
+        print(f"{len(times)} blocks, the first has waited at {(first - start) / 1e3:.2f} us; least, median, most")
         for place, what in enumerate(PLACES):
             some = times[:, place][times[:, place] > 0]
             if what and len(some):
