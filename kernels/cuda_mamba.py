@@ -20,7 +20,7 @@ class _Arguments(ctypes.Structure):
 def cut(group_rows: int) -> tuple[int, int] | None:
     """Blocks that share a group of so many rows, and warps of a block; None where no cut fits."""
     for blocks, warps in ((8, 16), (8, 8), (4, 8), (2, 8), (1, 8), (1, 4), (1, 2), (1, 1)):
-        if group_rows % (blocks * 4 * warps) == 0 and (warps < 16 or group_rows == blocks * 8 * warps):
+        if group_rows % (blocks * 4 * warps) == 0 and (warps < 16 or group_rows <= blocks * 8 * warps):
             return blocks, warps
     return None
 

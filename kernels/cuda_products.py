@@ -82,12 +82,15 @@ class Cut:
     Attributes:
         groups, stages, warps: groups of so many warps, which share a stage; stages of the ring.
         longest: bytes of a row that are copied at once, but for codes.
+        rehearse: what is done once before the launch in front has ended, over whatever is there, so that the
+            instructions are near when it counts: 1, the vectors; 2, a step; 3, both.
     """
 
     groups: int = 2
     stages: int = 4
     warps: int = 4
     longest: int = 4096
+    rehearse: int = 0
 
     @property
     def threads(self) -> int:
@@ -115,6 +118,7 @@ class Plan:
             "GROUP": str(cut.warps),
             "STAGES": str(cut.stages),
             "LONGEST": str(cut.longest),
+            "REHEARSE": str(cut.rehearse),
             "PARTS": str(len(p)),
             "EIGHTS_OF": of([x.eights for x in p]),
             "BITS_OF": of([x.bits for x in p]),

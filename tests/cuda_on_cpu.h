@@ -218,12 +218,15 @@ static void check_global(const void* p, size_t bytes, const char* what) {
   fault("%s of %zu bytes out of any tensor", what, bytes);
 }
 
-static Phases& phases(word* barrier) {
-  if (!in_shared(barrier, 8) || (size_t)barrier % 8) fault("a barrier out of shared memory");
+static Phases& phases_of(Block& block, word* barrier) {
   if ((*barrier & ~0xFFull) != MARK) fault("a barrier that nobody has begun, or that was written over");
-  Phases& b = own().barriers[*barrier & 0xFF];
+  Phases& b = block.barriers[*barrier & 0xFF];
   if (b.at != barrier) fault("a barrier that was copied");
   return b;
+}
+static Phases& phases(word* barrier) {
+  if (!in_shared(barrier, 8) || (size_t)barrier % 8) fault("a barrier out of shared memory");
+  return phases_of(own(), barrier);
 }
 static void settle(Phases& b) {
   if (b.pending || b.bytes) return;
@@ -597,13 +600,17 @@ inline void cluster_wait() {
     machine::stay(machine::cluster_waiting, "cluster_wait");
   machine::now->arrived = false;
 }
-inline void store_at(float* in_shared, int block, float v) {
+inline void store_at(float* in_shared, machine::word* barrier, int block, float v) {
   if (block < 0 || block >= machine::cluster) machine::fault("a store to block %d of the cluster", block);
   if (!machine::in_shared(in_shared, 4)) machine::fault("a store out of shared memory");
   machine::Block& other = *machine::blocks[block];
   if (!other.begun || !other.live)
     machine::fault("a store to a block that %s", other.begun ? "ended" : "has not begun");
-  memcpy(other.memory + ((machine::byte*)in_shared - machine::own().memory), &v, 4);
+  const auto at = [&](void* own) { return other.memory + ((machine::byte*)own - machine::own().memory); };
+  memcpy(at(in_shared), &v, 4);
+  machine::Phases& b = machine::phases_of(other, (machine::word*)at(barrier));
+  b.bytes -= 4;
+  machine::settle(b);
 }
 
 template <class A> static void machine_call(void (*kernel)(A)) { kernel(*(const A*)machine::kernel_arguments); }

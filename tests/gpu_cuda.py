@@ -31,7 +31,7 @@ DEVICE = torch.device("cuda")
 GROUPS, STATES, HEAD = 8, 128, 64
 SETS = {"nano": 12, "lightning": 10, "super": 5}
 PLACES = (
-    "begin", "waits", "waited", "loaded", "prepared", "first job", "end", "",
+    "begin", "waits", "waited", "loaded", "", "first job", "end", "",
     "copier waits", "copier waited", "filled", "copier begins", "last stage", "copier ends",
 )  # fmt: skip
 """Of the trace: the first consumer warp, then the one that copies."""
@@ -47,9 +47,9 @@ __device__ __forceinline__ void trace(int i, bool mine) {
 MARKS = (  # (what stands once in products.cu, what goes in front of it, what behind)
     ("DEVICE u32 place(", HEADER, ""),
     ("  Cursor c = Cursor::of_block(a.own);\n", "CONSUMER(0)\n", ""),
-    ("  wait_for_producers();\n  if (V_NORMED(0)) {\n", "CONSUMER(1)\n", "    CONSUMER(2)\n"),
-    ("  load_plain<0>(a, x);", "CONSUMER(3)\n", ""),
-    ("  prepare(a, x);\n", "", "CONSUMER(4)\n  bool first_job = true;\n"),
+    ("    if (round == 1) wait_for_producers();\n", "CONSUMER(1)\n", "    CONSUMER(2)\n"),
+    ("    load_plain<0>(a, x);", "CONSUMER(3)\n", ""),
+    ("#pragma unroll 1\n  while (left || dry) {\n", "  bool first_job = true;\n", ""),
     ("    turn += SINGLE ? GROUPS", "if (first_job) { CONSUMER(5) }\n first_job = false;\n CONSUMER(6)\n", ""),
     (
         "  for (bool left = some; left; left = done.next_stage()) {\n",

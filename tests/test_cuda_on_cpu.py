@@ -28,11 +28,12 @@ COPY = """
   if (t < 32) a.to[t] = x[t];
 """
 MEET = """
+  if (t == 0) begin_barrier(barrier, 1), arrive_and_expect(barrier, 4);
+  __syncthreads();
   cluster_arrive();
   cluster_wait();
-  store_at(x, 1 - rank, a.from[rank]);
-  cluster_arrive();
-  cluster_wait();
+  if (t == 0) store_at(x, barrier, 1 - rank, a.from[rank]);
+  wait_phase(barrier, 0);
   if (t == 0) a.to[rank] = x[0];
 """
 BODIES = {
@@ -50,7 +51,7 @@ BODIES = {
     "not aligned, or null": "a.to[0] = *(const float*)(memory + 1);",
     "an index out of bounds": "float v[4] = {}; a.to[0] = v[t];",
     "wrote past": "if (t == 0) x[32] = 1; wait_for_producers();",
-    "has not begun": MEET.replace("cluster_arrive();\n  cluster_wait();\n", "", 1),
+    "has not begun": MEET.replace("__syncthreads();\n  cluster_arrive();\n  cluster_wait();\n", ""),
     "without cluster_arrive": "cluster_wait();",
 }
 

@@ -1,7 +1,8 @@
 // A Mamba-2 layer's step for one token between its projections: convolution, recurrence, gated norm.
 //
 // A cluster of blocks has a group of heads, because a group is normalised as one; a block has some rows of the state,
-// four a warp at a time. What no launch writes is read before the one in front has ended.
+// four a warp at a time. What no launch writes is read before the one in front has ended. And all is done twice: first,
+// while that still runs, over whatever is there, so that the instructions are near when it counts; nothing is kept of it.
 //
 // NVRTC is given: HEADS, SIZE (rows of a head), STATES (128), HEAD_GROUPS, CLUSTER (blocks of a group), WARPS.
 #include "machine.cuh"
@@ -10,6 +11,7 @@ constexpr int INNER = HEADS * SIZE, GROUP_ROWS = INNER / HEAD_GROUPS, ROWS = GRO
 constexpr int CHANNELS = INNER + 2 * HEAD_GROUPS * STATES, OWN = ROWS + 2 * STATES;  // of the convolution; a block's
 constexpr int THREADS = WARPS * 32, PASSES = ROWS / (4 * WARPS), TURNS = (OWN + THREADS - 1) / THREADS;
 static_assert(STATES == 128 && ROWS % (4 * WARPS) == 0 && SIZE % 4 == 0, "");
+constexpr int MOST_REGISTERS = PASSES > 1 ? 88 : __CUDA_ARCH__ == 900 ? 64 : 72;  // next to a launch of products
 
 struct Arguments {
   const u16* projected;      // z, x, B, C, dt
@@ -25,27 +27,41 @@ struct Arguments {
   float eps;
 };
 
-DEVICE float silu(float v) { return v / (1 + __expf(-v)); }
-DEVICE float softplus(float v) { return fmaxf(v, 0) + log1pf(__expf(-fabsf(v))); }
+DEVICE float silu(float v) { return __fdividef(v, 1 + __expf(-v)); }
+DEVICE float softplus(float v) {
+  const float z = __expf(-fabsf(v));  // log(1 + z) by its series where 1 + z would lose what z has
+  return fmaxf(v, 0) + (z < 0.03125f ? z * (1 - z * (0.5f - z * (1 / 3.0f - z * 0.25f))) : __logf(1 + z));
+}
 DEVICE float widened(u16 v) { return __uint_as_float((u32)v << 16); }
 
 DEVICE Floats load_state(const float* p) {
   float4 v = __ldcg((const float4*)p);
   return {v.x, v.y, v.z, v.w};
 }
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-DEVICE void store_at(float* in_shared, int block, float v) {  // in the shared memory of a block of the cluster
-  u32 at;
+// Into the shared memory of a block of the cluster, where its arrival counts at the barrier. (A cluster's barrier that
+// releases waits for all that its threads have stored.)
+DEVICE void store_at(float* in_shared, u64* barrier, int block, float v) {
+  u32 at, its;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(place(in_shared)), "r"(block));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(at), "f"(v) : "memory");
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(its) : "r"(place(barrier)), "r"(block));
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+               :: "r"(at), "r"(__float_as_uint(v)), "r"(its) : "memory");
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(88) mamba(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(MOST_REGISTERS) mamba(const __grid_constant__ Arguments a) {
   __shared__ __align__(16) float convolved[OWN], sums[WARPS], squares[CLUSTER];
+  __shared__ __align__(8) u64 there[1];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, group = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
   const int first = group * GROUP_ROWS + rank * ROWS, row = first + warp * 4 + lane / 8;  // and 4 WARPS on each pass
-  cluster_arrive();  // blocks of the cluster run, and have shared memory
+  if (tid == 0) {
+    begin_barrier(there, 1);
+    publish_barriers();
+    arrive_and_expect(there, CLUSTER * 4);
+  }
+  __syncthreads();
+  cluster_arrive();  // blocks of the cluster run, and have a barrier
   float rate[PASSES], skip[PASSES], bias[PASSES], weight[PASSES];
 #pragma unroll
   for (int p = 0; p < PASSES; ++p) {
@@ -73,84 +89,89 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(88) mamba
 #pragma unroll
       for (int j = 0; j < 4; ++j) prefetch(a.state + (u64)(row + p * 4 * WARPS) * STATES + j * 32);
   }
-  wait_for_producers();
-  let_next_begin();
-#pragma unroll
-  for (int p = 0; p < PASSES; ++p)
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      s[p][j] = load_state(a.state + (u64)(row + p * 4 * WARPS) * STATES + j * 32 + lane % 8 * 4);
   u16 now[TURNS], z[PASSES], dt[PASSES];
+  float gated[PASSES];
+#pragma unroll 1
+  for (int round = 0; round < 2; ++round) {
+    if (round == 1) {
+      cluster_wait();
+      wait_for_producers();
+      let_next_begin();
+    }
 #pragma unroll
-  for (int i = 0; i < TURNS; ++i) {
-    now[i] = __ldcg(a.projected + INNER + channel[i]);
+    for (int p = 0; p < PASSES; ++p)
 #pragma unroll
-    for (int k = 0; k < 3; ++k) before[i][k] = __ldcg(a.conv_state + channel[i] * 3 + k);
-  }
+      for (int j = 0; j < 4; ++j)
+        s[p][j] = load_state(a.state + (u64)(row + p * 4 * WARPS) * STATES + j * 32 + lane % 8 * 4);
 #pragma unroll
-  for (int p = 0; p < PASSES; ++p) {
-    z[p] = __ldcg(a.projected + row + p * 4 * WARPS);
-    dt[p] = __ldcg(a.projected + INNER + CHANNELS + (row + p * 4 * WARPS) / SIZE);
-  }
+    for (int i = 0; i < TURNS; ++i) {
+      now[i] = __ldcg(a.projected + INNER + channel[i]);
 #pragma unroll
-  for (int i = 0; i < TURNS; ++i) {
-    float total = conv_bias[i];
-    total += widened(before[i][0]) * taps[i].x;
-    total += widened(before[i][1]) * taps[i].y;
-    total += widened(before[i][2]) * taps[i].z;
-    total += widened(now[i]) * taps[i].w;
-    if (tid + i * THREADS < OWN) convolved[tid + i * THREADS] = rounded(silu(total));
-  }
-  __syncthreads();
-  float decay[PASSES], entering[PASSES], y[PASSES];
-#pragma unroll
-  for (int p = 0; p < PASSES; ++p) {
-    const float step = softplus(widened(dt[p]) + bias[p]);
-    decay[p] = __expf(step * rate[p]), entering[p] = convolved[warp * 4 + lane / 8 + p * 4 * WARPS] * step, y[p] = 0;
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const Floats b = *(const Floats*)(convolved + ROWS + j * 32 + lane % 8 * 4);
-    const Floats c = *(const Floats*)(convolved + ROWS + STATES + j * 32 + lane % 8 * 4);
+      for (int k = 0; k < 3; ++k) before[i][k] = __ldcg(a.conv_state + channel[i] * 3 + k);
+    }
 #pragma unroll
     for (int p = 0; p < PASSES; ++p) {
-      Floats& v = s[p][j];
-      v.x = v.x * decay[p] + entering[p] * b.x, v.y = v.y * decay[p] + entering[p] * b.y;
-      v.z = v.z * decay[p] + entering[p] * b.z, v.w = v.w * decay[p] + entering[p] * b.w;
-      y[p] += v.x * c.x + v.y * c.y + v.z * c.z + v.w * c.w;
+      z[p] = __ldcg(a.projected + row + p * 4 * WARPS);
+      dt[p] = __ldcg(a.projected + INNER + CHANNELS + (row + p * 4 * WARPS) / SIZE);
+    }
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) {
+      float total = conv_bias[i];
+      total += widened(before[i][0]) * taps[i].x;
+      total += widened(before[i][1]) * taps[i].y;
+      total += widened(before[i][2]) * taps[i].z;
+      total += widened(now[i]) * taps[i].w;
+      if (tid + i * THREADS < OWN) convolved[tid + i * THREADS] = rounded(silu(total));
+    }
+    __syncthreads();
+    float decay[PASSES], entering[PASSES], y[PASSES];
+#pragma unroll
+    for (int p = 0; p < PASSES; ++p) {
+      const float step = softplus(widened(dt[p]) + bias[p]);
+      decay[p] = __expf(step * rate[p]), entering[p] = convolved[warp * 4 + lane / 8 + p * 4 * WARPS] * step, y[p] = 0;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const Floats b = *(const Floats*)(convolved + ROWS + j * 32 + lane % 8 * 4);
+      const Floats c = *(const Floats*)(convolved + ROWS + STATES + j * 32 + lane % 8 * 4);
+#pragma unroll
+      for (int p = 0; p < PASSES; ++p) {
+        Floats& v = s[p][j];
+        v.x = v.x * decay[p] + entering[p] * b.x, v.y = v.y * decay[p] + entering[p] * b.y;
+        v.z = v.z * decay[p] + entering[p] * b.z, v.w = v.w * decay[p] + entering[p] * b.w;
+        y[p] += v.x * c.x + v.y * c.y + v.z * c.z + v.w * c.w;
+      }
+    }
+    float square = 0;
+#pragma unroll
+    for (int p = 0; p < PASSES; ++p) {
+#pragma unroll
+      for (int lanes = 1; lanes < 8; lanes *= 2) y[p] += __shfl_xor_sync(ALL, y[p], lanes);
+      const float x = convolved[warp * 4 + lane / 8 + p * 4 * WARPS];
+      gated[p] = rounded(y[p] + x * skip[p]) * silu(widened(z[p]));
+      square += gated[p] * gated[p];
+    }
+    square += __shfl_xor_sync(ALL, square, 8);
+    square += __shfl_xor_sync(ALL, square, 16);
+    if (lane == 0) sums[warp] = square;
+    __syncthreads();
+    if (tid < CLUSTER) {
+      float own = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) own += sums[w];
+      if (round == 1) store_at(squares + rank, there, tid, own);
     }
   }
-  float gated[PASSES], square = 0;
-#pragma unroll
-  for (int p = 0; p < PASSES; ++p) {
-#pragma unroll
-    for (int lanes = 1; lanes < 8; lanes *= 2) y[p] += __shfl_xor_sync(ALL, y[p], lanes);
-    const float x = convolved[warp * 4 + lane / 8 + p * 4 * WARPS];
-    gated[p] = rounded(y[p] + x * skip[p]) * silu(widened(z[p]));
-    square += gated[p] * gated[p];
-  }
-  square += __shfl_xor_sync(ALL, square, 8);
-  square += __shfl_xor_sync(ALL, square, 16);
-  if (lane == 0) sums[warp] = square;
-  __syncthreads();
-  cluster_wait();
-  if (tid < CLUSTER) {
-    float own = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) own += sums[w];
-    store_at(squares + rank, tid, own);
-  }
-  cluster_arrive();
 #pragma unroll
   for (int p = 0; p < PASSES; ++p)
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       *(Floats*)(a.state + (u64)(row + p * 4 * WARPS) * STATES + j * 32 + lane % 8 * 4) = s[p][j];
-  cluster_wait();
+  wait_phase(there, 0);
   float total = 0;
 #pragma unroll
   for (int i = 0; i < CLUSTER; ++i) total += squares[i];
-  const float root = rsqrtf(total / GROUP_ROWS + a.eps);
+  const float root = rsqrtf(total * (1.0f / GROUP_ROWS) + a.eps);
   if (lane % 8 == 0) {
 #pragma unroll
     for (int p = 0; p < PASSES; ++p) a.out[row + p * 4 * WARPS] = (u16)two_bf16(gated[p] * root * weight[p], 0);

@@ -373,45 +373,48 @@ DEVICE void prepare(const Arguments& a, u8* x) {
       weight[i][0] = *(const Floats*)(a.norm + at), weight[i][1] = *(const Floats*)(a.norm + at + 4);
     }
   }
-  wait_for_producers();
-  if (V_NORMED(0)) {
-    float f[n][8], square = 0;
+#pragma unroll 1
+  for (int round = REHEARSE & 1 ? 0 : 1; round < 2; ++round) {
+    if (round == 1) wait_for_producers();
+    if (V_NORMED(0)) {
+      float f[n][8], square = 0;
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      int at = i * THREADS + t;
-      uint4 w = at < NORM_COLUMNS / 8 ? __ldcg((const uint4*)a.inputs[0] + at) : uint4{0, 0, 0, 0};
-      widen(w, f[i]);
-    }
+      for (int i = 0; i < n; ++i) {
+        int at = i * THREADS + t;
+        uint4 w = at < NORM_COLUMNS / 8 ? __ldcg((const uint4*)a.inputs[0] + at) : uint4{0, 0, 0, 0};
+        widen(w, f[i]);
+      }
 #pragma unroll
-    for (int i = 0; i < n; ++i)
+      for (int i = 0; i < n; ++i)
 #pragma unroll
-      for (int k = 0; k < 8; ++k) square += f[i][k] * f[i][k];
-    square = warp_sum(square);
-    float* sums = (float*)(x - X + RED);  // nobody has left results yet
-    if (t % 32 == 0) sums[t / 32] = square;
-    sync_some(THREADS);
-    square = 0;
+        for (int k = 0; k < 8; ++k) square += f[i][k] * f[i][k];
+      square = warp_sum(square);
+      float* sums = (float*)(x - X + RED);  // nobody has left results yet
+      if (t % 32 == 0) sums[t / 32] = square;
+      sync_some(THREADS);
+      square = 0;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) square += sums[w];
-    const float root = rsqrtf(square / NORM_COLUMNS + a.eps);
+      for (int w = 0; w < WARPS; ++w) square += sums[w];
+      const float root = rsqrtf(square * (1.0f / NORM_COLUMNS) + a.eps);
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      int at = i * THREADS + t;
-      const float m[8] = {weight[i][0].x, weight[i][0].y, weight[i][0].z, weight[i][0].w,
-                          weight[i][1].x, weight[i][1].y, weight[i][1].z, weight[i][1].w};
+      for (int i = 0; i < n; ++i) {
+        int at = i * THREADS + t;
+        const float m[8] = {weight[i][0].x, weight[i][0].y, weight[i][0].z, weight[i][0].w,
+                            weight[i][1].x, weight[i][1].y, weight[i][1].z, weight[i][1].w};
 #pragma unroll
-      for (int k = 0; k < 8; ++k) f[i][k] = f[i][k] * root * m[k];
-      if (at < NORM_COLUMNS / 8) {
-        put_normed<0>(x, at * 8, f[i]);
-        if (VECTORS > 1) put_normed<V1>(x, at * 8, f[i]);
-        if (VECTORS > 2) put_normed<V2>(x, at * 8, f[i]);
+        for (int k = 0; k < 8; ++k) f[i][k] = f[i][k] * root * m[k];
+        if (at < NORM_COLUMNS / 8) {
+          put_normed<0>(x, at * 8, f[i]);
+          if (VECTORS > 1) put_normed<V1>(x, at * 8, f[i]);
+          if (VECTORS > 2) put_normed<V2>(x, at * 8, f[i]);
+        }
       }
     }
+    load_plain<0>(a, x);
+    if (VECTORS > 1) load_plain<V1>(a, x);
+    if (VECTORS > 2) load_plain<V2>(a, x);
+    sync_some(THREADS);
   }
-  load_plain<0>(a, x);
-  if (VECTORS > 1) load_plain<V1>(a, x);
-  if (VECTORS > 2) load_plain<V2>(a, x);
-  sync_some(THREADS);
 }
 
 // Zeros from the last column to the last step's end.
@@ -422,7 +425,7 @@ template <int V> DEVICE void pad(u8* x) {
 
 // One job's share of a warp, the `warp`-th of `group`. `turn` counts stages and `order` jobs of the block.
 template <int P>
-DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int lane, u32 turn, u32 order) {
+DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int lane, u32 turn, u32 order, bool dry) {
   constexpr int bits = BITS(P), eights = EIGHTS(P), all = stages(P);
   const int g = lane >> 2, t = lane & 3;
   Sums sums[eights] = {};
@@ -441,13 +444,14 @@ DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int l
     const u8* at = (SUMMED(P) && stride ? lane_vector<bits>(vector, x, lane, stride) : x) + (piece * steps(P) + first) * stride;
     // A last step may reach past the row, where the vector is zero and codes are numbers, but a scale may be none.
     const u8* end = ring + height(P) * pitch(P) + (g + 1) * scale_bytes(P) - 4;
-    wait_phase(s.full(stage), (turn + inner) / STAGES & 1);
+    if (!dry) wait_phase(s.full(stage), (turn + inner) / STAGES & 1);
+    const int to = dry ? min(first + 1, steps(P)) : steps(P);
 #pragma unroll 1
-    for (int i = first; i < steps(P); i += GROUP, w += GROUP * 128, scales += GROUP * 16, at += GROUP * stride)
+    for (int i = first; i < to; i += GROUP, w += GROUP * 128, scales += GROUP * 16, at += GROUP * stride)
       step<bits, eights>(sums, w, 8 * pitch(P), bits == 4 && scale_bytes(P) % 16 && scales > end ? end : scales,
                          8 * scale_bytes(P), SUMMED(P) && stride && at >= past ? zeros : at);
     if (SUMMED(P)) {
-      wait_phase(s.weighted(), 0);
+      if (!dry) wait_phase(s.weighted(), 0);
       const float factor = s.weights()[copy];
 #pragma unroll
       for (int e = 0; e < eights; ++e) {
@@ -456,7 +460,7 @@ DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int l
         sums[e] = {};
       }
     }
-    inner += GROUPS;
+    inner += dry ? all : GROUPS;
     if (inner >= all) {
 #pragma unroll
       for (int e = 0; e < eights; ++e) {
@@ -466,7 +470,7 @@ DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int l
       }
     }
     __syncwarp();
-    if (lane == 0) arrive(s.empty(stage));
+    if (lane == 0 && !dry) arrive(s.empty(stage));
   } while (inner < all);
 }
 
@@ -489,15 +493,22 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, LEAST_BLOCKS) product
   if (VECTORS > 1) pad<V1>(x);
   if (VECTORS > 2) pad<V2>(x);
   __syncthreads();  // the barriers are there
-  prepare(a, x);
   u32 turn = 0, order = 0;
   if (SINGLE) turn = order = group, c.job += group * c.stride;
+  bool left = c.settle(), dry = REHEARSE & 2;
+  if (!dry) prepare(a, x);
 #pragma unroll 1
-  for (bool left = c.settle(); left; left = c.next_job(TURN)) {
-    if (c.part == 0) consume<0>(s, c, group, warp % GROUP, lane, turn, order);
-    else if (PARTS > 1 && c.part == 1) consume<P1>(s, c, group, warp % GROUP, lane, turn, order);
-    else if (PARTS > 2) consume<P2>(s, c, group, warp % GROUP, lane, turn, order);
+  while (left || dry) {
+    if (c.part == 0) consume<0>(s, c, group, warp % GROUP, lane, turn, order, dry);
+    else if (PARTS > 1 && c.part == 1) consume<P1>(s, c, group, warp % GROUP, lane, turn, order, dry);
+    else if (PARTS > 2 && c.part == 2) consume<P2>(s, c, group, warp % GROUP, lane, turn, order, dry);
+    if (dry) {
+      dry = false;
+      prepare(a, x);
+      continue;
+    }
     turn += SINGLE ? GROUPS : c.stages();
     order += TURN;
+    left = c.next_job(TURN);
   }
 }
