@@ -557,7 +557,7 @@ inline void copy_sixteen(void* to, const void* from, unsigned bytes) {
   if (machine::seed & 1) wait_groups(-1);
 }
 inline void load_matrices(unsigned* r, const unsigned char* row, bool transposed = false) {
-  if ((size_t)row % 16 || !machine::in_shared(row, 16)) machine::fault("a matrix's row not aligned, or not in shared memory");
+  if ((size_t)row % 16 || !machine::in_shared(row, 16)) machine::fault("a matrix's row out of shared memory, or not aligned");
   const size_t at = (size_t)(row - machine::own().memory);
   const machine::Slot* all = machine::lanes_meet(machine::EVERYBODY, "load_matrices", {{(unsigned)at}, {}});
   const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -659,10 +659,23 @@ inline void store_at(float* in_shared, int block, float v) {
     machine::fault("a store to a block that %s", other.begun ? "ended" : "has not begun");
   memcpy(other.memory + ((machine::byte*)in_shared - machine::own().memory), &v, 4);
 }
-template <class F> inline void store_four_at(float* in_shared, int block, F v) {
-  if ((size_t)in_shared % 16) machine::fault("a store of 16 bytes that is not aligned");
-  store_at(in_shared, block, v.x), store_at(in_shared + 1, block, v.y);
-  store_at(in_shared + 2, block, v.z), store_at(in_shared + 3, block, v.w);
+inline void send(float* to, int block, const float* v, unsigned count, machine::word* barrier) {
+  if ((size_t)to % (4 * count)) machine::fault("a store of %u bytes that is not aligned", 4 * count);
+  for (unsigned i = 0; i < count; ++i) store_at(to + i, block, v[i]);
+  machine::phases(barrier);
+  machine::Phases& b = machine::blocks[block]->barriers[*barrier & 0xFF];
+  if ((machine::byte*)b.at - machine::blocks[block]->memory != (machine::byte*)barrier - machine::own().memory)
+    machine::fault("a store counts at a barrier that its block has not begun");
+  b.bytes -= 4 * (long)count;
+  machine::settle(b);
+}
+template <class F> inline void send_four(float* to, int block, F v, machine::word* barrier) {
+  const float four[4] = {v.x, v.y, v.z, v.w};
+  send(to, block, four, 4, barrier);
+}
+inline void send_two(float* to, int block, float x, float y, machine::word* barrier) {
+  const float two[2] = {x, y};
+  send(to, block, two, 2, barrier);
 }
 
 template <class A> static void machine_call(void (*kernel)(A)) { kernel(*(const A*)machine::kernel_arguments); }

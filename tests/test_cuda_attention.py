@@ -80,6 +80,7 @@ def check(machine: Machine, dtype: torch.dtype, heads: int, kv_heads: int, posit
         outs.append(cuda_attention.attention_decode(q, k, v, cache, table, positions))
         for got, expected in ((cache.k, want_cache.k), (cache.v, want_cache.v)):
             assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+    assert not cuda_attention._tickets(kv_heads, q.device).any()  # pyright: ignore[reportPrivateUsage]
     error = (outs[0].float() - want.float()).norm() / want.float().norm()
     assert error < 4e-3, error
     assert all(torch.equal(out, outs[0]) for out in outs)

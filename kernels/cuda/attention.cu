@@ -26,7 +26,7 @@ static_assert(GROUP <= ROWS && OWN * DIM == THREADS && WARPS * 16 == DIM && CLUS
 constexpr int PITCH = DIM * VALUE + 16, QUERY = DIM * 2 + 16, SCORE = 128 * 4 + 16;
 constexpr int NEWEST = STAGES * 2 * CHUNK * PITCH, QUERIES = NEWEST + 2 * PITCH, SCORES = QUERIES + ROWS * QUERY;
 constexpr int SHRINK = SCORES + ROWS * SCORE, PARTS = SHRINK + ROWS * 4, STATS = PARTS + CLUSTER * OWN * DIM * 4;
-constexpr int LAST = STATS + CLUSTER * OWN * 8;
+constexpr int ARRIVED = STATS + CLUSTER * OWN * 8, LAST = ARRIVED + 8;
 
 struct Arguments {
   const u16* q;       // [KV_HEADS * GROUP, DIM]
@@ -46,16 +46,20 @@ struct Arguments {
 
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-DEVICE void store_four_at(float* in_shared, int block, Floats v) {  // in the shared memory of a block of the cluster
+// To the shared memory of a block of the cluster; the bytes' arrival counts at the barrier there. No fence is needed.
+DEVICE u32 place_at(const void* in_shared, int block) {
   u32 at;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(place(in_shared)), "r"(block));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" :: "r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+  return at;
+}
+DEVICE void send_four(float* to, int block, Floats v, u64* barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+               :: "r"(place_at(to, block)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(place_at(barrier, block))
                : "memory");
 }
-DEVICE void store_at(float* in_shared, int block, float v) {
-  u32 at;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(place(in_shared)), "r"(block));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(at), "f"(v) : "memory");
+DEVICE void send_two(float* to, int block, float x, float y, u64* barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+               :: "r"(place_at(to, block)), "f"(x), "f"(y), "r"(place_at(barrier, block)) : "memory");
 }
 // Sixteen bytes to shared memory, so many from `from` and zeros. A thread waits for its own but the last N groups.
 DEVICE void copy_sixteen(void* to, const void* from, u32 bytes) {
@@ -247,13 +251,14 @@ template <int N> DEVICE Share together(const Share (&shares)[N]) {
   return all;
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2) attention(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2)
+attention(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) u8 memory[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER % CLUSTERS, head = blockIdx.x / (CLUSTER * CLUSTERS);
-  const int length = (int)*a.position + 1, most = length <= CLUSTER * ALONE ? (length + CLUSTER - 1) / CLUSTER
-                                                : (length + CLUSTER * CLUSTERS - 1) / (CLUSTER * CLUSTERS);
-  const int share = (most + 7) / 8 * 8, used = (length - 1) / (share * CLUSTER) + 1;  // positions of a block; clusters
+  const int rank = blockIdx.x % CLUSTER, number = blockIdx.x / CLUSTER, cluster = number % CLUSTERS, head = number / CLUSTERS;
+  const int length = (int)*a.position + 1, eights = (length + 7) / 8;
+  const int all_blocks = CLUSTER * CLUSTERS, blocks = length <= CLUSTER * ALONE ? CLUSTER : all_blocks;
+  const int share = (eights + blocks - 1) / blocks * 8, used = (length - 1) / (share * CLUSTER) + 1;
   if (cluster >= used) {
     wait_for_producers();
     let_next_begin();
@@ -262,6 +267,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   const int first = (cluster * CLUSTER + rank) * share;
   const bool owner = first < length && first + share >= length;  // of the new token's position
   const Block b = {memory, head, first, max(0, min(share, length - first)), owner ? length - 1 - first : NONE};
+  u64* arrived = (u64*)(memory + ARRIVED);  // what the blocks of the cluster have of this one's queries
+  if (tid == 0) {  // before anybody sends: they wait for the cluster in the rehearsal
+    begin_barrier(arrived, 1);
+    publish_barriers();
+    arrive_and_expect(arrived, CLUSTER * OWN * (DIM + 2) * 4);
+  }
+  cluster_arrive();
 #pragma unroll 1
   for (int stage = 0; stage < STAGES; ++stage) {
     if (stage * CHUNK < b.count) copy_chunk(a, b, stage * CHUNK, stage);
@@ -318,7 +330,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int row = from + (FP8 ? lane : i * 16 + lane % 16);
-          values[i] = (row == newest ? fresh : b.values(stage) + row * PITCH) + (FP8 ? warp : warp * 2 + lane / 16) * 16;
+          values[i] = row == newest ? fresh : b.values(stage) + row * PITCH;
+          values[i] += (FP8 ? warp : warp * 2 + lane / 16) * 16;
         }
         add_values(values[0], values[1], memory + SCORES + lane % 16 * SCORE + lane / 16 * 16 + from * 2, out);
       }
@@ -331,19 +344,19 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         v[i / 2][i % 2] = (out[0][i / 2][half * 2 + i % 2] + out[1][i / 2][half * 2 + i % 2]) * DOWN_KV;
-      const Floats four = FP8 ? Floats{v[0][0], v[1][0], v[0][1], v[1][1]} : Floats{v[0][0], v[0][1], v[1][0], v[1][1]};
+      Floats four = {v[0][0], v[0][1], v[1][0], v[1][1]};
+      if (FP8) four = {v[0][0], v[1][0], v[0][1], v[1][1]};
       float* to = (float*)(memory + PARTS) + (rank * OWN + row % OWN) * DIM + warp * 16 + t * 4;
-      if (real) store_four_at(to, row / OWN, four);
+      if (real) send_four(to, row / OWN, four, arrived);
     }
 #pragma unroll
     for (int lanes = 1; lanes < 16; lanes *= 2) softmax.weight += __shfl_xor_sync(ALL, softmax.weight, lanes);
     if (real && tid % 16 == 0) {
       float* to = (float*)(memory + STATS) + (rank * OWN + tid / 16 % OWN) * 2;
-      store_at(to, tid / 16 / OWN, softmax.top);
-      store_at(to + 1, tid / 16 / OWN, softmax.weight);
+      send_two(to, tid / 16 / OWN, softmax.top, softmax.weight, arrived);
     }
-    cluster_arrive();  // in the rehearsal: the blocks of the cluster have shared memory
-    cluster_wait();
+    if (real) wait_phase(arrived, 0);
+    else cluster_wait();
     const int thread = anew(tid), own = thread / DIM, column = thread % DIM, row = rank * OWN + own;
     Share shares[CLUSTER];
 #pragma unroll
@@ -373,6 +386,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       all = together(clusters);
     }
     const int i = column % 4, d = FP8 ? column : column / 16 * 16 + i / 2 * 8 + column / 4 % 4 * 2 + i % 2;
-    if (real && row < GROUP) a.out[(head * GROUP + row) * DIM + d] = (u16)two_bf16(__fdividef(all.sum, all.weight) * a.v_scale, 0);
+    const float value = __fdividef(all.sum, all.weight) * a.v_scale;
+    if (real && row < GROUP) a.out[(head * GROUP + row) * DIM + d] = (u16)two_bf16(value, 0);
   }
 }
