@@ -64,8 +64,8 @@ def attention_decode(
 def shared_bytes(fp8: bool) -> int:
     """Of a block, as the kernel divides it."""
     value = 1 if fp8 else 2
-    pitch, stages, chunk = SIZE * value + 16, 2, 128 // value
-    rows = MOST * (SIZE * 2 + 16 + 128 * 4 + 16 + 4)  # queries, scores, and what a chunk shrinks
+    pitch, stages, chunk = SIZE * value, 2, 128 // value
+    rows = MOST * (SIZE * 2 + 16 + chunk * 4 + 16 + 4)  # queries, scores, and what a chunk shrinks
     return (stages * chunk + 1) * 2 * pitch + rows + MOST * (SIZE + 2) * 4 + 16
 
 

@@ -11,8 +11,8 @@
 //
 // FP8 values are BF16 times 2^-120 (see step.cuh), so queries and probabilities are times 2^64.
 //
-// NVRTC is given: KV_HEADS, GROUP (queries of a KV head, at most 16), PAGE (positions), FP8, CLUSTER (8), CLUSTERS (of a
-// KV head), ALONE (positions of a block, up to which one cluster does it all); DIM is 128.
+// NVRTC is given: KV_HEADS, GROUP (queries of a KV head, at most 16), PAGE (positions), FP8, CLUSTER (8 blocks),
+// CLUSTERS (of a KV head), ALONE (positions of a block, up to which one cluster does it all); DIM is 128.
 #include "step.cuh"
 
 constexpr int DIM = 128, ROWS = 16, WARPS = 8, THREADS = WARPS * 32, OWN = ROWS / CLUSTER;
@@ -22,8 +22,9 @@ constexpr float LOWEST = -3.402823466e38f;  // a score of what is not there: 2^(
 constexpr float UP_KV = FP8 ? UP : 1.0f, DOWN_KV = down_of(FP8 ? 8 : 16);
 static_assert(GROUP <= ROWS && OWN * DIM == THREADS && WARPS * 16 == DIM && CLUSTER * OWN == ROWS, "");
 
-// Shared memory. Pitches are odd in sixteens of bytes, so that eight rows' sixteens are of different banks.
-constexpr int PITCH = DIM * VALUE + 16, QUERY = DIM * 2 + 16, SCORE = 128 * 4 + 16;
+// Shared memory. Eight rows' sixteens of bytes are of different banks: pitches are odd in sixteens, and of keys and
+// values sixteen c of row r lies at c ^ (r % 8). On Hopper it leaves room for products.cu's 140 KiB.
+constexpr int PITCH = DIM * VALUE, QUERY = DIM * 2 + 16, SCORE = CHUNK * 4 + 16;
 constexpr int NEWEST = STAGES * 2 * CHUNK * PITCH, QUERIES = NEWEST + 2 * PITCH, SCORES = QUERIES + ROWS * QUERY;
 constexpr int SHRINK = SCORES + ROWS * SCORE, PARTS = SHRINK + ROWS * 4, STATS = PARTS + CLUSTER * OWN * DIM * 4;
 constexpr int ARRIVED = STATS + CLUSTER * OWN * 8, LAST = ARRIVED + 8;
@@ -108,7 +109,8 @@ DEVICE u64 place_in(const Arguments& a, int head, int page, int position) {  // 
 // Begin to copy a chunk's keys and values, with zeros where no old position is.
 DEVICE void copy_chunk(const Arguments& a, const Block& b, int at, int stage) {
   constexpr int SIXTEENS = DIM * VALUE / 16, TURN = THREADS / SIXTEENS, TURNS = CHUNK / TURN;
-  const int thread = anew(threadIdx.x), row = thread / SIXTEENS, byte = thread % SIXTEENS * 16, old = min(b.count, b.newest) - at;
+  const int thread = anew(threadIdx.x), row = thread / SIXTEENS, byte = thread % SIXTEENS * 16;
+  const int turned = byte ^ row % 8 * 16, old = min(b.count, b.newest) - at;
   int page[TURNS];
 #pragma unroll
   for (int i = 0; i < TURNS; ++i) {
@@ -119,8 +121,8 @@ DEVICE void copy_chunk(const Arguments& a, const Block& b, int at, int stage) {
   for (int i = 0; i < TURNS; ++i) {
     const int r = row + i * TURN, bytes = r < old ? 16 : 0;
     const u64 from = place_in(a, b.head, page[i], b.first + at + r) + byte;
-    copy_sixteen(b.keys(stage) + r * PITCH + byte, a.k_pages + (bytes ? from : 0), bytes);
-    copy_sixteen(b.values(stage) + r * PITCH + byte, a.v_pages + (bytes ? from : 0), bytes);
+    copy_sixteen(b.keys(stage) + r * PITCH + turned, a.k_pages + (bytes ? from : 0), bytes);
+    copy_sixteen(b.values(stage) + r * PITCH + turned, a.v_pages + (bytes ? from : 0), bytes);
   }
 }
 
@@ -162,12 +164,12 @@ DEVICE void load_new(const Arguments& a, const Block& b, bool real) {
 }
 
 // Scores of eight positions: rows g and g + 8 at columns 2 t and 2 t + 1. Four sums, so that none waits for another.
-DEVICE void scores_of(const u8* keys, const u32 q[8][4], float* score) {
+DEVICE void scores_of(const u8* keys, int sixteen, const u32 q[8][4], float* score) {
   float c[4][4] = {};
 #pragma unroll
   for (int j = 0; j < 2 * VALUE; ++j) {
     u32 w[4], pair[2];
-    load_matrices(w, keys + j * 64);
+    load_matrices(w, keys + (sixteen ^ 4 * j) * 16);
 #pragma unroll
     for (int i = 0; i < 4 / VALUE; ++i) {
       if (FP8) bytes(w[i], pair);
@@ -255,7 +257,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 attention(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) u8 memory[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  const int rank = blockIdx.x % CLUSTER, number = blockIdx.x / CLUSTER, cluster = number % CLUSTERS, head = number / CLUSTERS;
+  const int rank = blockIdx.x % CLUSTER, number = blockIdx.x / CLUSTER, cluster = number % CLUSTERS;
+  const int head = number / CLUSTERS;
   const int length = (int)*a.position + 1, eights = (length + 7) / 8;
   const int all_blocks = CLUSTER * CLUSTERS, blocks = length <= CLUSTER * ALONE ? CLUSTER : all_blocks;
   const int share = (eights + blocks - 1) / blocks * 8, used = (length - 1) / (share * CLUSTER) + 1;
@@ -312,8 +315,10 @@ attention(const __grid_constant__ Arguments a) {
         load_matrices(q[s], memory + QUERIES + lane % 16 * QUERY + lane / 16 * 16 + s * 32);
 #pragma unroll 1
       for (int row = warp * 8 + lane % 8; row - lane % 8 < left; row += WARPS * 8) {
+        const bool is_new = row == newest;
+        const u8* keys = is_new ? memory + NEWEST : b.keys(stage) + row * PITCH;
         float score[4];
-        scores_of((row == newest ? memory + NEWEST : b.keys(stage) + row * PITCH) + lane / 8 * 16, q, score);
+        scores_of(keys, lane / 8 ^ (is_new ? 0 : lane % 8), q, score);
         float* to = (float*)(memory + SCORES + g * SCORE) + row - lane % 8 + 2 * t;
         *(float2*)to = {score[0], score[1]};
         *(float2*)(to + 8 * SCORE / 4) = {score[2], score[3]};
@@ -330,8 +335,9 @@ attention(const __grid_constant__ Arguments a) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int row = from + (FP8 ? lane : i * 16 + lane % 16);
-          values[i] = row == newest ? fresh : b.values(stage) + row * PITCH;
-          values[i] += (FP8 ? warp : warp * 2 + lane / 16) * 16;
+          const bool is_new = row == newest;
+          values[i] = is_new ? fresh : b.values(stage) + row * PITCH;
+          values[i] += ((FP8 ? warp : warp * 2 + lane / 16) ^ (is_new ? 0 : lane % 8)) * 16;
         }
         add_values(values[0], values[1], memory + SCORES + lane % 16 * SCORE + lane / 16 * 16 + from * 2, out);
       }
