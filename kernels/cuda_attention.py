@@ -1,7 +1,8 @@
-"""Host side of cuda/attention_*.cu: one token's key and value into the cache, and its attention: two launches."""
+"""Host side of cuda/attention.cu: one token's key and value into the cache, and its attention, in one launch."""
 
 import ctypes
 import math
+from functools import cache as kept
 
 import torch
 from torch import Tensor
@@ -9,11 +10,13 @@ from torch import Tensor
 from nanoserve.kernels import nvrtc, triton_attention
 from nanoserve.kernels.attention import LayerKV
 
-SIZE, MOST, WARPS = 128, 16, 4
-"""Of a head, query heads of a KV head at most, and warps of a block: the kernel's."""
+SIZE, MOST, THREADS, CLUSTER = 128, 16, 256, 8
+"""Of a head, query heads of a KV head at most, and a block and a cluster of blocks: the kernel's."""
 BLOCKS = 128
-"""Of the first launch, over all KV heads: about as many as the largest chip has multiprocessors."""
-POINTERS = ("q", "k", "v", "k_pages", "v_pages", "page_table", "position", "sums", "tops", "weights", "out")
+"""Of the launch, over all KV heads: about as many as the largest chip has multiprocessors."""
+ALONE = 256
+"""Positions of a block, up to which a KV head has one cluster: adding up several takes a microsecond."""
+POINTERS = ("q", "k", "v", "k_pages", "v_pages", "page_table", "position", "sums", "stats", "tickets", "out")
 
 
 class _Arguments(ctypes.Structure):
@@ -33,27 +36,40 @@ def attention_decode(
     ours = size == SIZE and group <= MOST and (fp8 or cache.k.dtype == torch.bfloat16)
     if tokens > 1 or not ours or q.dtype != torch.bfloat16:
         return triton_attention.attention_decode(q, k, v, cache, page_table, positions)
-    splits = max(1, BLOCKS // kv_heads)
+    clusters = max(1, BLOCKS // CLUSTER // kv_heads)
     defines = {
         "KV_HEADS": str(kv_heads),
         "GROUP": str(group),
         "PAGE": str(page),
-        "SPLITS": str(splits),
         "FP8": str(int(fp8)),
+        "CLUSTER": str(CLUSTER),
+        "CLUSTERS": str(clusters),
+        "ALONE": str(ALONE),
     }
-    shared = WARPS * 16 * (SIZE + 2) * 4
-    split = nvrtc.load("attention_split.cu", defines, WARPS * 32, shared, q.device)
-    combine = nvrtc.load("attention_combine.cu", defines, 4 * SIZE, 0, q.device)
-    tops, weights = (torch.empty((kv_heads, splits, group), device=q.device) for _ in range(2))
-    sums = torch.empty((kv_heads, splits, group, size), device=q.device)
+    kernel = nvrtc.load("attention.cu", defines, THREADS, shared_bytes(fp8), q.device)
+    stats = torch.empty((kv_heads, clusters, MOST, 2), device=q.device)
+    sums = torch.empty((kv_heads, clusters, MOST, size), device=q.device)
     out = torch.empty((1, heads, size), dtype=q.dtype, device=q.device)
     tensors = (
         q.contiguous(), k.contiguous(), v.contiguous(), cache.k, cache.v, page_table, positions,
-        sums, tops, weights, out,
+        sums, stats, _tickets(kv_heads, q.device), out,
     )  # fmt: skip
     pointers = {name: tensor.data_ptr() for name, tensor in zip(POINTERS, tensors, strict=True)}
     scale = cache.k_scale * math.log2(math.e) / math.sqrt(size)
     arguments = _Arguments(**pointers, scale=scale, k_scale=cache.k_scale, v_scale=cache.v_scale)
-    split.launch(kv_heads * splits, arguments, q.device)
-    combine.launch(heads, arguments, q.device)
+    kernel.launch(kv_heads * clusters * CLUSTER, arguments, q.device)
     return out
+
+
+def shared_bytes(fp8: bool) -> int:
+    """Of a block, as the kernel divides it."""
+    value = 1 if fp8 else 2
+    pitch, stages, chunk = SIZE * value, 2, 128 // value
+    rows = MOST * (SIZE * 2 + 16 + chunk * 4 + 16 + 4)  # queries, scores, and what a chunk shrinks
+    return (stages * chunk + 1) * 2 * pitch + rows + MOST * (SIZE + 2) * 4 + 16
+
+
+@kept
+def _tickets(kv_heads: int, device: torch.device) -> Tensor:
+    """How many clusters are ready, of each block's queries; zeros again after each launch, one behind another."""
+    return torch.zeros((kv_heads, CLUSTER), dtype=torch.int32, device=device)

@@ -44,6 +44,7 @@ constexpr unsigned EVERYBODY = 0xFFFFFFFFu;
 constexpr word MARK = 0xBA221E2500000000ull;  // of a barrier's word; the rest is its number
 
 struct Range { byte* at; size_t bytes; };
+struct Copy;
 struct Fiber {
   jmp_buf jump;
   ucontext_t context;
@@ -52,6 +53,8 @@ struct Fiber {
   dim3 thread, block;
   int rank;  // of the block in its cluster
   unsigned cluster_phase;
+  Copy *first_copy, *last_copy;  // of sixteen bytes, on their way
+  int groups;                           // of them that were ended
   bool begun, arrived;  // arrived: at the cluster's barrier, and has not waited
 };
 struct Queue { Fiber *first, *last; };
@@ -68,6 +71,7 @@ struct Copy {
   byte* to;
   const byte* from;
   size_t bytes;
+  int group;
 };
 struct Phases {
   word* at;
@@ -275,6 +279,7 @@ static void fiber_main() {
   own().begun = true;
   kernel_call();
   now->waits = nullptr;
+  if (now->first_copy) fault("a thread ended before its copies");
   Block& b = own();
   if (b.all.count && b.all.count == --b.all.need) open(b.all);
   --b.live;
@@ -315,7 +320,7 @@ static void run_cluster(int first) {
     for (int w = 0; w < MOST_WARPS; ++w) priority[r * MOST_WARPS + w] = roll(1000);
     for (int t = 0; t < threads; ++t) {
       Fiber& f = fibers[r * threads + t];
-      f.begun = f.arrived = false, f.waits = nullptr, f.rank = r;
+      f.begun = f.arrived = false, f.waits = nullptr, f.rank = r, f.first_copy = nullptr, f.groups = 0;
       f.thread = {(unsigned)t, 0, 0}, f.block = {(unsigned)(first + r), 0, 0};
       go(&f);
     }
@@ -523,11 +528,60 @@ inline void copy_bulk(void* to, const void* from, unsigned bytes, machine::word*
   if (!machine::in_shared(to, bytes)) machine::fault("a copy of %u bytes out of shared memory", bytes);
   machine::check_global(from, bytes, "a copy");
   machine::Copy* c = (machine::Copy*)malloc(sizeof(machine::Copy));
-  *c = {nullptr, (machine::byte*)to, (const machine::byte*)from, bytes};
+  *c = {nullptr, (machine::byte*)to, (const machine::byte*)from, bytes, 0};
   if (b.first) b.last->next = c;
   else b.first = c;
   b.last = c;
   if (machine::seed & 1) machine::deliver(b);
+}
+// Sixteens of bytes that a thread copies come when it waits for them; the rest of a sixteen is zeros.
+inline void wait_groups(int but) {
+  machine::Fiber& f = *machine::now;
+  while (f.first_copy && f.first_copy->group < f.groups - but) {
+    machine::Copy* c = f.first_copy;
+    memset(c->to, 0, 16);
+    memcpy(c->to, c->from, c->bytes);
+    f.first_copy = c->next;
+    free(c);
+  }
+}
+template <int N> inline void wait_groups() { wait_groups(N); }
+inline void end_group() { ++machine::now->groups; }
+inline void copy_sixteen(void* to, const void* from, unsigned bytes) {
+  if (bytes > 16 || (size_t)to % 16 || (size_t)from % 16) machine::fault("a copy of sixteen bytes, not aligned");
+  if (!machine::in_shared(to, 16)) machine::fault("a copy of 16 bytes out of shared memory");
+  machine::check_global(from, bytes, "a copy");
+  machine::Copy* c = (machine::Copy*)malloc(sizeof(machine::Copy));
+  machine::Fiber& f = *machine::now;
+  *c = {nullptr, (machine::byte*)to, (const machine::byte*)from, bytes, f.groups};
+  if (f.first_copy) f.last_copy->next = c;
+  else f.first_copy = c;
+  f.last_copy = c;
+  if (machine::seed & 1) wait_groups(-1);
+}
+inline void load_matrices(unsigned* r, const unsigned char* row, bool transposed = false) {
+  if ((size_t)row % 16 || !machine::in_shared(row, 16)) machine::fault("a matrix's row out of shared memory, or not aligned");
+  const size_t at = (size_t)(row - machine::own().memory);
+  const machine::Slot* all = machine::lanes_meet(machine::EVERYBODY, "load_matrices", {{(unsigned)at}, {}});
+  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (unsigned m = 0; m < 4; ++m) {
+    const machine::byte* memory = machine::own().memory;
+    if (transposed) {
+      unsigned short two[2];
+      for (unsigned i = 0; i < 2; ++i) memcpy(two + i, memory + all[8 * m + 2 * t + i].a[0] + 2 * g, 2);
+      r[m] = (unsigned)two[1] << 16 | two[0];
+    } else {
+      memcpy(r + m, memory + all[8 * m + g].a[0] + 4 * t, 4);
+    }
+  }
+}
+inline void load_transposed(unsigned* r, const unsigned char* row) { load_matrices(r, row, true); }
+inline int anew(int v) { return v; }
+inline unsigned take_ticket(unsigned* ticket, unsigned last) {
+  machine::check_global(ticket, 4, "a ticket");
+  const unsigned before = *ticket;
+  *ticket = before >= last ? 0 : before + 1;
+  return before;
 }
 inline void sync_some(unsigned threads) { machine::meet(machine::own().some, (int)threads, "sync_some"); }
 
@@ -611,6 +665,24 @@ inline void store_at(float* in_shared, machine::word* barrier, int block, float 
   machine::Phases& b = machine::phases_of(other, (machine::word*)at(barrier));
   b.bytes -= 4;
   machine::settle(b);
+}
+inline void send(float* to, int block, const float* v, unsigned count, machine::word* barrier) {
+  if ((size_t)to % (4 * count)) machine::fault("a store of %u bytes that is not aligned", 4 * count);
+  for (unsigned i = 0; i < count; ++i) store_at(to + i, block, v[i]);
+  machine::phases(barrier);
+  machine::Phases& b = machine::blocks[block]->barriers[*barrier & 0xFF];
+  if ((machine::byte*)b.at - machine::blocks[block]->memory != (machine::byte*)barrier - machine::own().memory)
+    machine::fault("a store counts at a barrier that its block has not begun");
+  b.bytes -= 4 * (long)count;
+  machine::settle(b);
+}
+template <class F> inline void send_four(float* to, int block, F v, machine::word* barrier) {
+  const float four[4] = {v.x, v.y, v.z, v.w};
+  send(to, block, four, 4, barrier);
+}
+inline void send_two(float* to, int block, float x, float y, machine::word* barrier) {
+  const float two[2] = {x, y};
+  send(to, block, two, 2, barrier);
 }
 
 template <class A> static void machine_call(void (*kernel)(A)) { kernel(*(const A*)machine::kernel_arguments); }

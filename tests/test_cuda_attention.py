@@ -1,4 +1,4 @@
-"""cuda/attention_*.cu on a CPU, against the op's reference; the cache, too."""
+"""cuda/attention.cu on a CPU, against the op's reference; the cache, too."""
 
 import pytest
 import torch
@@ -10,40 +10,66 @@ from nanoserve.kernels.attention import LayerKV, attention_decode
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed: CUDA C++ is not run on the CPU")
 
 PAGE, PAGES, SIZE = 16, 24, 128
+LONG = 200  # pages of a context that takes a block several chunks
 FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A CPU in the place of a card; nobody has written what is allocated."""
+    """A CPU in the place of a card; nobody has written what is allocated, and few positions take many clusters."""
     machine = Machine()
     monkeypatch.setattr(nvrtc, "load", machine.load)
-    monkeypatch.setattr(cuda_attention, "BLOCKS", 6)
+    monkeypatch.setattr(cuda_attention, "BLOCKS", 48)
+    monkeypatch.setattr(cuda_attention, "ALONE", 4)
 
     def empty(size: tuple[int, ...], dtype: torch.dtype = torch.float32, device: object = None) -> torch.Tensor:
         made = torch.full(size, torch.nan, dtype=dtype)
         machine.tensors = [*machine.tensors, made]
         return made
 
+    def tickets(kv_heads: int, device: object) -> torch.Tensor:
+        made = kept[kv_heads]
+        machine.tensors = [*machine.tensors, made]
+        return made
+
+    kept = {kv_heads: torch.zeros((kv_heads, cuda_attention.CLUSTER), dtype=torch.int32) for kv_heads in (1, 2, 3)}
     monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(cuda_attention, "_tickets", tickets)
     return machine
 
 
-def pages_of(dtype: torch.dtype, kv_heads: int) -> torch.Tensor:
-    return (torch.randn(PAGES, PAGE, kv_heads, SIZE) * 2).to(dtype)
+def pages_of(dtype: torch.dtype, kv_heads: int, pages: int) -> torch.Tensor:
+    return (torch.randn(pages, PAGE, kv_heads, SIZE) * 2).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP8])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 2), (4, 1), (15, 3)])
 @pytest.mark.parametrize("position", [0, 1, 15, 16, 47, 48, 100, 250])
 def test_a_token(machine: Machine, dtype: torch.dtype, heads: int, kv_heads: int, position: int) -> None:
+    check(machine, dtype, heads, kv_heads, position, PAGES)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP8])
+@pytest.mark.parametrize("alone", [0, LONG * PAGE])
+@pytest.mark.parametrize("position", [2560, LONG * PAGE - 1])
+def test_several_chunks(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, alone: int, position: int
+) -> None:
+    """A block's last chunks are copied while it is at work; by one cluster, and by two."""
+    monkeypatch.setattr(cuda_attention, "BLOCKS", 16)
+    monkeypatch.setattr(cuda_attention, "ALONE", alone)
+    check(machine, dtype, 5, 1, position, LONG)
+
+
+def check(machine: Machine, dtype: torch.dtype, heads: int, kv_heads: int, position: int, pages: int) -> None:
+    """Against the reference, and one run against another."""
     scales = (0.5, 0.25) if dtype == FP8 else (1.0, 1.0)
-    table = torch.randperm(PAGES).int()
+    table = torch.randperm(pages).int()
     q = torch.randn(1, heads, SIZE).bfloat16()
     k, v = (torch.randn(1, kv_heads, SIZE).bfloat16() for _ in range(2))
     k[0, 0, :3] *= 1e4  # past what FP8 holds
     positions = torch.tensor([position])
-    begun = pages_of(dtype, kv_heads), pages_of(dtype, kv_heads)
+    begun = pages_of(dtype, kv_heads, pages), pages_of(dtype, kv_heads, pages)
     want_cache = LayerKV(begun[0].clone(), begun[1].clone(), *scales)
     want = attention_decode(q.clone(), k, v, want_cache, table, positions)
     outs: list[torch.Tensor] = []
@@ -54,6 +80,7 @@ def test_a_token(machine: Machine, dtype: torch.dtype, heads: int, kv_heads: int
         outs.append(cuda_attention.attention_decode(q, k, v, cache, table, positions))
         for got, expected in ((cache.k, want_cache.k), (cache.v, want_cache.v)):
             assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+    assert not cuda_attention._tickets(kv_heads, q.device).any()  # pyright: ignore[reportPrivateUsage]
     error = (outs[0].float() - want.float()).norm() / want.float().norm()
     assert error < 4e-3, error
     assert all(torch.equal(out, outs[0]) for out in outs)

@@ -142,7 +142,7 @@ def test_kernels_of_cuda_are_listed(architecture: str, shape: str) -> None:
     rows = compiled(architecture, "cuda", shape)
     ops = {"norm_linears", "linear_add", "moe_add", "head"}
     others = {("mamba_decode", "mamba")}
-    others |= {("attention_decode", "attention_split"), ("attention_decode", "attention_combine")}
+    others |= {("attention_decode", "attention")}
     assert {(row.op, row.kernel) for row in rows} == {(op, "products") for op in ops} | others
     assert all(row.origin == "nanoserve" and row.spilled == 0 and row.shared > 1024 for row in rows)
 
