@@ -640,7 +640,6 @@ inline void mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, un
 }
 
 inline void prefetch(const void*) {}
-inline int take_ticket(int* count) { return (*count)++; }
 inline void cluster_arrive() {
   if (machine::now->arrived) machine::fault("cluster_arrive twice");
   machine::now->arrived = true, machine::now->cluster_phase = machine::cluster_phase;
@@ -654,35 +653,27 @@ inline void cluster_wait() {
     machine::stay(machine::cluster_waiting, "cluster_wait");
   machine::now->arrived = false;
 }
-inline void store_at(float* in_shared, machine::word* barrier, int block, float v) {
+inline void send(float* to, int block, const float* v, unsigned bytes, machine::word* barrier) {
+  if ((size_t)to % bytes) machine::fault("a store of %u bytes that is not aligned", bytes);
   if (block < 0 || block >= machine::cluster) machine::fault("a store to block %d of the cluster", block);
-  if (!machine::in_shared(in_shared, 4)) machine::fault("a store out of shared memory");
+  if (!machine::in_shared(to, bytes)) machine::fault("a store out of shared memory");
   machine::Block& other = *machine::blocks[block];
   if (!other.begun || !other.live)
     machine::fault("a store to a block that %s", other.begun ? "ended" : "has not begun");
   const auto at = [&](void* own) { return other.memory + ((machine::byte*)own - machine::own().memory); };
-  memcpy(at(in_shared), &v, 4);
+  memcpy(at(to), v, bytes);
   machine::Phases& b = machine::phases_of(other, (machine::word*)at(barrier));
-  b.bytes -= 4;
+  b.bytes -= bytes;
   machine::settle(b);
 }
-inline void send(float* to, int block, const float* v, unsigned count, machine::word* barrier) {
-  if ((size_t)to % (4 * count)) machine::fault("a store of %u bytes that is not aligned", 4 * count);
-  for (unsigned i = 0; i < count; ++i) store_at(to + i, block, v[i]);
-  machine::phases(barrier);
-  machine::Phases& b = machine::blocks[block]->barriers[*barrier & 0xFF];
-  if ((machine::byte*)b.at - machine::blocks[block]->memory != (machine::byte*)barrier - machine::own().memory)
-    machine::fault("a store counts at a barrier that its block has not begun");
-  b.bytes -= 4 * (long)count;
-  machine::settle(b);
-}
+inline void send_one(float* to, int block, float v, machine::word* barrier) { send(to, block, &v, 4, barrier); }
 template <class F> inline void send_four(float* to, int block, F v, machine::word* barrier) {
   const float four[4] = {v.x, v.y, v.z, v.w};
-  send(to, block, four, 4, barrier);
+  send(to, block, four, 16, barrier);
 }
 inline void send_two(float* to, int block, float x, float y, machine::word* barrier) {
   const float two[2] = {x, y};
-  send(to, block, two, 2, barrier);
+  send(to, block, two, 8, barrier);
 }
 
 template <class A> static void machine_call(void (*kernel)(A)) { kernel(*(const A*)machine::kernel_arguments); }

@@ -32,7 +32,7 @@ MEET = """
   __syncthreads();
   cluster_arrive();
   cluster_wait();
-  if (t == 0) store_at(x, barrier, 1 - rank, a.from[rank]);
+  if (t == 0) send_one(x, 1 - rank, a.from[rank], barrier);
   wait_phase(barrier, 0);
   if (t == 0) a.to[rank] = x[0];
 """
@@ -82,7 +82,7 @@ def test_what_is_right_runs(seed: int) -> None:
 
 @pytest.mark.parametrize("message", BODIES)
 def test_faults(message: str) -> None:
-    cluster = 2 if "cluster" in BODIES[message] or "store_at" in BODIES[message] else 1
+    cluster = 2 if "cluster" in BODIES[message] or "send_one" in BODIES[message] else 1
     with pytest.raises(Fault, match=message):
         tried(BODIES[message], cluster, late=cluster == 1)
 

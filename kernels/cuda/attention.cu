@@ -13,6 +13,7 @@
 //
 // NVRTC is given: KV_HEADS, GROUP (queries of a KV head, at most 16), PAGE (positions), FP8, CLUSTER (8 blocks),
 // CLUSTERS (of a KV head), ALONE (positions of a block, up to which one cluster does it all); DIM is 128.
+#include "cluster.cuh"
 #include "step.cuh"
 
 constexpr int DIM = 128, ROWS = 16, WARPS = 8, THREADS = WARPS * 32, OWN = ROWS / CLUSTER;
@@ -45,23 +46,6 @@ struct Arguments {
   float k_scale, v_scale;
 };
 
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// To the shared memory of a block of the cluster; the bytes' arrival counts at the barrier there. No fence is needed.
-DEVICE u32 place_at(const void* in_shared, int block) {
-  u32 at;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(place(in_shared)), "r"(block));
-  return at;
-}
-DEVICE void send_four(float* to, int block, Floats v, u64* barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
-               :: "r"(place_at(to, block)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(place_at(barrier, block))
-               : "memory");
-}
-DEVICE void send_two(float* to, int block, float x, float y, u64* barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
-               :: "r"(place_at(to, block)), "f"(x), "f"(y), "r"(place_at(barrier, block)) : "memory");
-}
 // Sixteen bytes to shared memory, so many from `from` and zeros. A thread waits for its own but the last N groups.
 DEVICE void copy_sixteen(void* to, const void* from, u32 bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(place(to)), "l"(from), "r"(bytes) : "memory");
@@ -77,12 +61,6 @@ DEVICE void load_matrices(u32* r, const u8* row) {
 DEVICE void load_transposed(u32* r, const u8* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(place(row)) : "memory");
-}
-// How many came before; 0 again after the last. What the block wrote is seen by who comes later.
-DEVICE u32 take_ticket(u32* ticket, u32 last) {
-  u32 before;
-  asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(ticket), "r"(last) : "memory");
-  return before;
 }
 // The same, but the compiler does not know: what is made of it is not kept in registers from one round to the next.
 DEVICE int anew(int v) {

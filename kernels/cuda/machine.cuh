@@ -40,10 +40,10 @@ DEVICE void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                :: "r"(place(to)), "l"(from), "r"(bytes), "r"(place(barrier)) : "memory");
 }
-// One more of so many; what was written before is seen by who takes a later one. The number before.
-DEVICE int take_ticket(int* count) {
-  int before;
-  asm volatile("fence.acq_rel.gpu;\natom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+// How many came before; 0 again after the last. What the warp wrote before is seen by who comes later.
+DEVICE u32 take_ticket(u32* ticket, u32 last) {
+  u32 before;
+  asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(ticket), "r"(last) : "memory");
   return before;
 }
 DEVICE void prefetch(const void* p) {  // its line, to the second cache

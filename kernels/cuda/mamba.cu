@@ -5,7 +5,7 @@
 // while that still runs, over whatever is there, so that the instructions are near when it counts; nothing is kept of it.
 //
 // NVRTC is given: HEADS, SIZE (rows of a head), STATES (128), HEAD_GROUPS, CLUSTER (blocks of a group), WARPS.
-#include "machine.cuh"
+#include "cluster.cuh"
 
 constexpr int INNER = HEADS * SIZE, GROUP_ROWS = INNER / HEAD_GROUPS, ROWS = GROUP_ROWS / CLUSTER;
 constexpr int CHANNELS = INNER + 2 * HEAD_GROUPS * STATES, OWN = ROWS + 2 * STATES;  // of the convolution; a block's
@@ -38,18 +38,6 @@ DEVICE Floats load_state(const float* p) {
   float4 v = __ldcg((const float4*)p);
   return {v.x, v.y, v.z, v.w};
 }
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// Into the shared memory of a block of the cluster, where its arrival counts at the barrier. (A cluster's barrier that
-// releases waits for all that its threads have stored.)
-DEVICE void store_at(float* in_shared, u64* barrier, int block, float v) {
-  u32 at, its;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(place(in_shared)), "r"(block));
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(its) : "r"(place(barrier)), "r"(block));
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
-               :: "r"(at), "r"(__float_as_uint(v)), "r"(its) : "memory");
-}
-
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(MOST_REGISTERS) mamba(const __grid_constant__ Arguments a) {
   __shared__ __align__(16) float convolved[OWN], sums[WARPS], squares[CLUSTER];
   __shared__ __align__(8) u64 there[1];
@@ -159,7 +147,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(MOST_REGI
       float own = 0;
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) own += sums[w];
-      if (round == 1) store_at(squares + rank, there, tid, own);
+      if (round == 1) send_one(squares + rank, tid, own, there);
     }
   }
 #pragma unroll

@@ -35,7 +35,7 @@ struct Arguments {
   const float* bias;
   int* ids;            // of the chosen, best first
   float* chosen;       // their weights
-  int* ticket;         // zero between launches: blocks that are done with the router count themselves
+  u32* ticket;         // zero between launches: blocks that are done with the router count themselves
   float eps, scale;
   int own;             // so many blocks take the first part's jobs, and the others the rest; or 0
 };
@@ -310,10 +310,9 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
   const int routers = min(FIRST_JOBS, a.own ? a.own : (int)gridDim.x);
   if (blockIdx.x >= routers) return;
   __syncwarp();  // all lanes have written their logits
-  const int before = __shfl_sync(ALL, lane == 0 ? take_ticket(a.ticket) : 0, 0);
+  const u32 before = __shfl_sync(ALL, lane == 0 ? take_ticket(a.ticket, routers - 1) : 0, 0);
   if (before < routers - 1) return;
   choose<EXPERTS, TOP, NORMALIZE>(a.logits, a.bias, a.scale, a.ids, a.chosen);
-  if (lane == 0) *a.ticket = 0;
 #endif
 }
 
