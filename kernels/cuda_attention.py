@@ -14,7 +14,7 @@ SIZE, MOST, THREADS, CLUSTER = 128, 16, 256, 8
 """Of a head, query heads of a KV head at most, and a block and a cluster of blocks: the kernel's."""
 BLOCKS = 128
 """Of the launch, over all KV heads: about as many as the largest chip has multiprocessors."""
-ALONE = 256
+ALONE = 512
 """Positions of a block, up to which a KV head has one cluster: adding up several takes a microsecond."""
 POINTERS = ("q", "k", "v", "k_pages", "v_pages", "page_table", "position", "sums", "stats", "tickets", "out")
 

@@ -82,20 +82,17 @@ class Cut:
     Attributes:
         groups, stages, warps: groups of so many warps, which share a stage; stages of the ring.
         longest: bytes of a row that are copied at once, but for codes.
-        rehearse: what is done once before the launch in front has ended, over whatever is there, so that the
-            instructions are near when it counts: 1, the vectors; 2, a step; 3, both.
     """
 
     groups: int = 2
     stages: int = 4
     warps: int = 4
     longest: int = 4096
-    rehearse: int = 0
 
     @property
     def threads(self) -> int:
-        """Of a block: its groups, and the warp that copies."""
-        return (self.groups * self.warps + 1) * 32
+        """Of a block: its groups, and the warps that copy and write."""
+        return (self.groups * self.warps + 2) * 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +115,6 @@ class Plan:
             "GROUP": str(cut.warps),
             "STAGES": str(cut.stages),
             "LONGEST": str(cut.longest),
-            "REHEARSE": str(cut.rehearse),
             "PARTS": str(len(p)),
             "EIGHTS_OF": of([x.eights for x in p]),
             "BITS_OF": of([x.bits for x in p]),
@@ -147,7 +143,7 @@ class Plan:
         """Bytes of shared memory of a block, as products.cu lays it out."""
         vectors = sum(_up_to(x.columns, 1024 // x.bits) * 2 for x in self.vectors if not x.none)
         results = cut.stages * cut.groups * cut.warps * max(x.eights for x in self.parts) * 32
-        ring = _up_to(_up_to(640 + results, 128) + 256 + vectors, 128)
+        ring = _up_to(_up_to(768 + results, 128) + 256 + vectors, 128)
         return ring + cut.stages * max(_stage_bytes(part, cut.longest) for part in self.parts)
 
     @property

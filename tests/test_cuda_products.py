@@ -17,8 +17,8 @@ from nanoserve.kernels.nvfp4 import unpack
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed: CUDA C++ is not run on the CPU")
 
 CUTS = (
-    Cut(2, 4), Cut(1, 3, rehearse=1), Cut(4, 4, rehearse=2), Cut(1, 2, 8), Cut(2, 6, longest=1024, rehearse=3),
-    Cut(4, 12), Cut(2, 2, 8, rehearse=3), Cut(4, 8, rehearse=1), Cut(1, 7),
+    Cut(2, 4), Cut(1, 3), Cut(4, 4), Cut(1, 2, 8), Cut(2, 6, longest=1024),
+    Cut(4, 12), Cut(2, 2, 8), Cut(4, 8), Cut(1, 7),
 )  # fmt: skip
 TARGETS: tuple[To, ...] = ("FLOAT", "BF16", "SQUARED", "STREAM")
 NEXT = count()
@@ -320,8 +320,8 @@ def test_single_stages_of_three_parts(machine: Machine, cut: Cut) -> None:
 
 CHOICES = [
     (128, 6, True, Cut(2, 4)),
-    (512, 22, True, Cut(1, 3, rehearse=3)),
-    (8, 2, False, Cut(4, 4, rehearse=3)),
+    (512, 22, True, Cut(1, 3)),
+    (8, 2, False, Cut(4, 4)),
     (40, 32, True, Cut(1, 2)),
 ]
 
@@ -355,9 +355,9 @@ def test_experts_chosen_before(machine: Machine, bits: int, columns: int) -> Non
     ("bits", "columns", "top_k", "cut"),
     [
         (4, 192, 6, Cut(2, 4)),
-        (4, 448, 22, Cut(4, 8, rehearse=3)),
+        (4, 448, 22, Cut(4, 8)),
         (8, 320, 2, Cut(4, 4)),
-        (8, 3072, 3, Cut(2, 2, rehearse=3)),
+        (8, 3072, 3, Cut(2, 2)),
         (16, 1536, 3, Cut(2, 6)),
         (32, 1024, 2, Cut(4, 4)),
         (4, 1856, 6, Cut(1, 3)),
@@ -418,6 +418,6 @@ def test_launches_of_a_mixture(machine: Machine, experts: int, top_k: int, eight
     front, up, down = mixture(experts, top_k, eights, latent)
     for apart in (False, True):
         machine.apart = apart
-        check(machine, front, Cut(2, 6, rehearse=3))
-        check(machine, up, Cut(2, 2, rehearse=3))
+        check(machine, front, Cut(2, 6))
+        check(machine, up, Cut(2, 2))
         check(machine, down, Cut(2, 4), addend=not latent)

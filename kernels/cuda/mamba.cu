@@ -1,8 +1,7 @@
 // A Mamba-2 layer's step for one token between its projections: convolution, recurrence, gated norm.
 //
 // A cluster of blocks has a group of heads, because a group is normalised as one; a block has some rows of the state,
-// four a warp at a time. What no launch writes is read before the one in front has ended. And all is done twice: first,
-// while that still runs, over whatever is there, so that the instructions are near when it counts; nothing is kept of it.
+// four a warp at a time. What no launch writes is read before the one in front has ended.
 //
 // NVRTC is given: HEADS, SIZE (rows of a head), STATES (128), HEAD_GROUPS, CLUSTER (blocks of a group), WARPS.
 #include "cluster.cuh"
@@ -79,76 +78,71 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __maxnreg__(MOST_REGI
   }
   u16 now[TURNS], z[PASSES], dt[PASSES];
   float gated[PASSES];
-#pragma unroll 1
-  for (int round = 0; round < 2; ++round) {
-    if (round == 1) {
-      cluster_wait();
-      wait_for_producers();
-      let_next_begin();
-    }
+  cluster_wait();
+  wait_for_producers();
+  let_next_begin();
 #pragma unroll
-    for (int p = 0; p < PASSES; ++p)
+  for (int p = 0; p < PASSES; ++p)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        s[p][j] = load_state(a.state + (u64)(row + p * 4 * WARPS) * STATES + j * 32 + lane % 8 * 4);
+    for (int j = 0; j < 4; ++j)
+      s[p][j] = load_state(a.state + (u64)(row + p * 4 * WARPS) * STATES + j * 32 + lane % 8 * 4);
 #pragma unroll
-    for (int i = 0; i < TURNS; ++i) {
-      now[i] = __ldcg(a.projected + INNER + channel[i]);
+  for (int i = 0; i < TURNS; ++i) {
+    now[i] = __ldcg(a.projected + INNER + channel[i]);
 #pragma unroll
-      for (int k = 0; k < 3; ++k) before[i][k] = __ldcg(a.conv_state + channel[i] * 3 + k);
-    }
+    for (int k = 0; k < 3; ++k) before[i][k] = __ldcg(a.conv_state + channel[i] * 3 + k);
+  }
 #pragma unroll
-    for (int p = 0; p < PASSES; ++p) {
-      z[p] = __ldcg(a.projected + row + p * 4 * WARPS);
-      dt[p] = __ldcg(a.projected + INNER + CHANNELS + (row + p * 4 * WARPS) / SIZE);
-    }
+  for (int p = 0; p < PASSES; ++p) {
+    z[p] = __ldcg(a.projected + row + p * 4 * WARPS);
+    dt[p] = __ldcg(a.projected + INNER + CHANNELS + (row + p * 4 * WARPS) / SIZE);
+  }
 #pragma unroll
-    for (int i = 0; i < TURNS; ++i) {
-      float total = conv_bias[i];
-      total += widened(before[i][0]) * taps[i].x;
-      total += widened(before[i][1]) * taps[i].y;
-      total += widened(before[i][2]) * taps[i].z;
-      total += widened(now[i]) * taps[i].w;
-      if (tid + i * THREADS < OWN) convolved[tid + i * THREADS] = rounded(silu(total));
-    }
-    __syncthreads();
-    float decay[PASSES], entering[PASSES], y[PASSES];
+  for (int i = 0; i < TURNS; ++i) {
+    float total = conv_bias[i];
+    total += widened(before[i][0]) * taps[i].x;
+    total += widened(before[i][1]) * taps[i].y;
+    total += widened(before[i][2]) * taps[i].z;
+    total += widened(now[i]) * taps[i].w;
+    if (tid + i * THREADS < OWN) convolved[tid + i * THREADS] = rounded(silu(total));
+  }
+  __syncthreads();
+  float decay[PASSES], entering[PASSES], y[PASSES];
 #pragma unroll
-    for (int p = 0; p < PASSES; ++p) {
-      const float step = softplus(widened(dt[p]) + bias[p]);
-      decay[p] = __expf(step * rate[p]), entering[p] = convolved[warp * 4 + lane / 8 + p * 4 * WARPS] * step, y[p] = 0;
-    }
+  for (int p = 0; p < PASSES; ++p) {
+    const float step = softplus(widened(dt[p]) + bias[p]);
+    decay[p] = __expf(step * rate[p]), entering[p] = convolved[warp * 4 + lane / 8 + p * 4 * WARPS] * step, y[p] = 0;
+  }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const Floats b = *(const Floats*)(convolved + ROWS + j * 32 + lane % 8 * 4);
-      const Floats c = *(const Floats*)(convolved + ROWS + STATES + j * 32 + lane % 8 * 4);
-#pragma unroll
-      for (int p = 0; p < PASSES; ++p) {
-        Floats& v = s[p][j];
-        v.x = v.x * decay[p] + entering[p] * b.x, v.y = v.y * decay[p] + entering[p] * b.y;
-        v.z = v.z * decay[p] + entering[p] * b.z, v.w = v.w * decay[p] + entering[p] * b.w;
-        y[p] += v.x * c.x + v.y * c.y + v.z * c.z + v.w * c.w;
-      }
-    }
-    float square = 0;
+  for (int j = 0; j < 4; ++j) {
+    const Floats b = *(const Floats*)(convolved + ROWS + j * 32 + lane % 8 * 4);
+    const Floats c = *(const Floats*)(convolved + ROWS + STATES + j * 32 + lane % 8 * 4);
 #pragma unroll
     for (int p = 0; p < PASSES; ++p) {
-#pragma unroll
-      for (int lanes = 1; lanes < 8; lanes *= 2) y[p] += __shfl_xor_sync(ALL, y[p], lanes);
-      const float x = convolved[warp * 4 + lane / 8 + p * 4 * WARPS];
-      gated[p] = rounded(y[p] + x * skip[p]) * silu(widened(z[p]));
-      square += gated[p] * gated[p];
+      Floats& v = s[p][j];
+      v.x = v.x * decay[p] + entering[p] * b.x, v.y = v.y * decay[p] + entering[p] * b.y;
+      v.z = v.z * decay[p] + entering[p] * b.z, v.w = v.w * decay[p] + entering[p] * b.w;
+      y[p] += v.x * c.x + v.y * c.y + v.z * c.z + v.w * c.w;
     }
-    square += __shfl_xor_sync(ALL, square, 8);
-    square += __shfl_xor_sync(ALL, square, 16);
-    if (lane == 0) sums[warp] = square;
-    __syncthreads();
-    if (tid < CLUSTER) {
-      float own = 0;
+  }
+  float square = 0;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) own += sums[w];
-      if (round == 1) send_one(squares + rank, tid, own, there);
-    }
+  for (int p = 0; p < PASSES; ++p) {
+#pragma unroll
+    for (int lanes = 1; lanes < 8; lanes *= 2) y[p] += __shfl_xor_sync(ALL, y[p], lanes);
+    const float x = convolved[warp * 4 + lane / 8 + p * 4 * WARPS];
+    gated[p] = rounded(y[p] + x * skip[p]) * silu(widened(z[p]));
+    square += gated[p] * gated[p];
+  }
+  square += __shfl_xor_sync(ALL, square, 8);
+  square += __shfl_xor_sync(ALL, square, 16);
+  if (lane == 0) sums[warp] = square;
+  __syncthreads();
+  if (tid < CLUSTER) {
+    float own = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) own += sums[w];
+    send_one(squares + rank, tid, own, there);
   }
 #pragma unroll
   for (int p = 0; p < PASSES; ++p)

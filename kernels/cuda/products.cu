@@ -1,10 +1,10 @@
 // Weights times one token's vectors, in one launch: what a layer reads at once.
 //
 // A part is a matrix, or a stack of experts; a job is some eights of rows of one. A block takes every so-manieth
-// job. One of its warps copies the jobs' rows to a ring in shared memory, stage by stage, as far ahead as that has room. The others
-// are GROUPS groups of four, which take the stages in turn; a group shares a stage's columns. The first warp adds up
-// what they have of a job and writes it. So the weights of what the launch in front does not decide are on their way
-// before that has ended.
+// job. One of its warps copies the jobs' rows to a ring in shared memory, stage by stage, as far ahead as that has
+// room. GROUPS groups of GROUP (4 or 8) warps take the stages in turn; a group shares a stage's columns. One more warp
+// adds up what they have of a job and writes it. So the weights of what the launch in front does not decide are on
+// their way before that has ended.
 //
 // NVRTC is given: GROUPS (a power of two), STAGES (a multiple of it, so that a stage is always the same group's);
 // PARTS and lists with an entry a part: EIGHTS_OF (of rows of a job: 1, 2 or 4), BITS_OF,
@@ -90,10 +90,10 @@ CONSTANT int vector_at(int v) { return v == 0 ? 0 : vector_at(v - 1) + (V_NONE(v
 // Shared memory.
 constexpr int HEIGHT = up_to(height(0) > height(P1) ? height(0) : height(P1), height(P2));  // powers of two
 // Where a lane's part of a vector is none, it reads zeros, from banks that the others of its eight do not touch.
-constexpr int RED = 384, CHOICE = RED + STAGES * WARPS * HEIGHT * 4;  // ids, weights
+constexpr int RED = 512, CHOICE = RED + STAGES * WARPS * HEIGHT * 4;  // ids, weights
 constexpr int ZEROS = up_to(CHOICE + 256, 128) + 96, X = ZEROS + 160;
 constexpr int RING = up_to(X + vector_at(VECTORS), 128), STAGE = stage_size();
-constexpr int THREADS = WARPS * 32;  // but for the warp that copies
+constexpr int THREADS = WARPS * 32;  // but for the warps that copy and write
 static_assert(STAGES <= 16 && STAGES % GROUPS == 0, "a stage is always the same group's");
 
 CONSTANT int tiles(int p) { return (ROWS(p) + height(p) - 1) / height(p); }
@@ -136,7 +136,8 @@ struct Shared {
   u8* memory;
   DEVICE u64* full(int stage) const { return (u64*)memory + stage; }
   DEVICE u64* empty(int stage) const { return (u64*)memory + 16 + stage; }
-  DEVICE u64* weighted() const { return (u64*)memory + 32; }  // the chosen experts' weights are there
+  DEVICE u64* done(int stage) const { return (u64*)memory + 32 + stage; }  // by its group; then its results are read
+  DEVICE u64* weighted() const { return (u64*)memory + 48; }  // the chosen experts' weights are there
   DEVICE float* red(int stage) const { return (float*)(memory + RED) + stage * WARPS * HEIGHT; }
   DEVICE int* ids() const { return (int*)(memory + CHOICE); }
   DEVICE float* weights() const { return (float*)(memory + CHOICE + 128); }
@@ -227,14 +228,16 @@ template <int P> DEVICE void take_chosen(const Arguments& a, const Shared& s, co
   __syncwarp();
 }
 
-// The warp that copies, and writes results.
-DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bool some) {
+// The warp that copies. It has nothing else to do: a job's worth of it takes as long as a job.
+DEVICE void copy(const Arguments& a, const Shared& s, const Cursor& begin, bool some) {
   const int lane = threadIdx.x & 31;
-  Cursor fill_at = begin, done = begin;
+  Cursor at = begin;
   bool more = some;
   int filled = 0;
   if (lane == 0) {
-    for (int i = 0; i < STAGES; ++i) begin_barrier(s.full(i), 1), begin_barrier(s.empty(i), GROUP);
+#pragma unroll 1
+    for (int i = 0; i < STAGES; ++i)
+      begin_barrier(s.full(i), 1), begin_barrier(s.empty(i), 1), begin_barrier(s.done(i), GROUP);
     begin_barrier(s.weighted(), 1);
     publish_barriers();
   }
@@ -247,14 +250,10 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
 #endif
   // What the launch in front does not decide.
 #pragma unroll 1
-  for (; more && filled < STAGES && (CHOOSE == 3 || !fill_at.chosen()); ++filled) {
-    if (lane == 0) fill_next(a, s, fill_at, filled);
-    more = fill_at.next_stage();
+  for (; more && filled < STAGES && (CHOOSE == 3 || !at.chosen()); ++filled) {
+    if (lane == 0) fill_next(a, s, at, filled);
+    more = at.next_stage();
   }
-  float factors[3] = {1, 1, 1};
-#pragma unroll
-  for (int p = 0; p < PARTS; ++p)
-    if (BITS(p) < 16 && !CHOSEN(p)) factors[p] = *a.parts[p].factors;
   __syncthreads();
   wait_for_producers();
   if (SUMMED(0)) {
@@ -266,43 +265,62 @@ DEVICE void produce(const Arguments& a, const Shared& s, const Cursor& begin, bo
 #if CHOOSE == 2
   take_chosen<of>(a, s, scales);
 #endif
+  if (lane > 0) return;
 #pragma unroll 1
   for (; more && filled < STAGES; ++filled) {
-    if (lane == 0) fill_next(a, s, fill_at, filled), fill_next_vector(a, s, fill_at, filled);
-    more = fill_at.next_stage();
+    fill_next(a, s, at, filled);
+    fill_next_vector(a, s, at, filled);
+    more = at.next_stage();
   }
   let_next_begin();
-  __syncwarp();
-  if (lane == 0) arrive(s.weighted());
+  arrive(s.weighted());
+  int stage = 0;
+  u32 parity = 0;
+#pragma unroll 1
+  for (; more; more = at.next_stage()) {
+    wait_phase(s.empty(stage), parity);
+    fill_next(a, s, at, stage);
+    fill_next_vector(a, s, at, stage);
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+}
+
+// The warp that writes results.
+DEVICE void write(const Arguments& a, const Shared& s, const Cursor& begin, bool some) {
+  const int lane = threadIdx.x & 31;
+  Cursor at = begin;
+  float factors[3] = {1, 1, 1};
+#pragma unroll
+  for (int p = 0; p < PARTS; ++p)
+    if (BITS(p) < 16 && !CHOSEN(p)) factors[p] = *a.parts[p].factors;
+  __syncthreads();
+  wait_for_producers();
+  if (CHOOSE > 1) wait_phase(s.weighted(), 0);
   int stage = 0, first = 0, order = 0;  // of the job: its first stage's group, its place among results
   u32 parity = 0;
 #pragma unroll 1
-  for (bool left = some; left; left = done.next_stage()) {
-    const bool last = done.inner + 1 == done.stages();
+  for (bool left = some; left; left = at.next_stage()) {
+    const bool last = SINGLE || at.inner + 1 == at.stages();
     u32 before = 0, add = 0;
-    if (TO(0) == TO_STREAM && last && lane < height(0) && done.job * height(0) + lane < ROWS(0)) {
-      before = __ldcg(a.stream + done.job * height(0) + lane);
-      if (a.addend) add = __ldcg(a.addend + done.job * height(0) + lane);
+    if (TO(0) == TO_STREAM && last && lane < height(0) && at.job * height(0) + lane < ROWS(0)) {
+      before = __ldcg(a.stream + at.job * height(0) + lane);
+      if (a.addend) add = __ldcg(a.addend + at.job * height(0) + lane);
     }
-    wait_phase(s.empty(stage), parity);
+    wait_phase(s.done(stage), parity);
     float y = 0;
     if (last) {
-      const int count = done.stages();
-      if (done.part == 0) y = collect<0>(s.red(order), first, lane);
-      else if (PARTS > 1 && done.part == 1) y = collect<P1>(s.red(order), first, lane);
+      if (at.part == 0) y = collect<0>(s.red(order), first, lane);
+      else if (PARTS > 1 && at.part == 1) y = collect<P1>(s.red(order), first, lane);
       else if (PARTS > 2) y = collect<P2>(s.red(order), first, lane);
-      first = (first + count) % GROUPS;
-      if (++order == STAGES) order = 0;
     }
-    if (more) {
-      __syncwarp();  // a lane that still waits for this stage must not see its next phase
-      if (lane == 0) fill_next(a, s, fill_at, stage), fill_next_vector(a, s, fill_at, stage);
-      more = fill_at.next_stage();
-    }
+    __syncwarp();  // a lane that still waits for this stage must not see its next phase
+    if (lane == 0) arrive(s.empty(stage));
     if (last) {
-      if (done.part == 0) finish<0>(a, s, done, y, factors[0], before, add);
-      else if (PARTS > 1 && done.part == 1) finish<P1>(a, s, done, y, factors[P1], before, add);
-      else if (PARTS > 2) finish<P2>(a, s, done, y, factors[P2], before, add);
+      if (at.part == 0) finish<0>(a, s, at, y, factors[0], before, add);
+      else if (PARTS > 1 && at.part == 1) finish<P1>(a, s, at, y, factors[P1], before, add);
+      else if (PARTS > 2) finish<P2>(a, s, at, y, factors[P2], before, add);
+      first = (first + at.stages()) % GROUPS;
+      if (++order == STAGES) order = 0;
     }
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
@@ -372,48 +390,45 @@ DEVICE void prepare(const Arguments& a, u8* x) {
       weight[i][0] = *(const Floats*)(a.norm + at), weight[i][1] = *(const Floats*)(a.norm + at + 4);
     }
   }
-#pragma unroll 1
-  for (int round = REHEARSE & 1 ? 0 : 1; round < 2; ++round) {
-    if (round == 1) wait_for_producers();
-    if (V_NORMED(0)) {
-      float f[n][8], square = 0;
+  wait_for_producers();
+  if (V_NORMED(0)) {
+    float f[n][8], square = 0;
 #pragma unroll
-      for (int i = 0; i < n; ++i) {
-        int at = i * THREADS + t;
-        uint4 w = at < NORM_COLUMNS / 8 ? __ldcg((const uint4*)a.inputs[0] + at) : uint4{0, 0, 0, 0};
-        widen(w, f[i]);
-      }
+    for (int i = 0; i < n; ++i) {
+      int at = i * THREADS + t;
+      uint4 w = at < NORM_COLUMNS / 8 ? __ldcg((const uint4*)a.inputs[0] + at) : uint4{0, 0, 0, 0};
+      widen(w, f[i]);
+    }
 #pragma unroll
-      for (int i = 0; i < n; ++i)
+    for (int i = 0; i < n; ++i)
 #pragma unroll
-        for (int k = 0; k < 8; ++k) square += f[i][k] * f[i][k];
-      square = warp_sum(square);
-      float* sums = (float*)(x - X + RED);  // nobody has left results yet
-      if (t % 32 == 0) sums[t / 32] = square;
-      sync_some(THREADS);
-      square = 0;
+      for (int k = 0; k < 8; ++k) square += f[i][k] * f[i][k];
+    square = warp_sum(square);
+    float* sums = (float*)(x - X + RED);  // nobody has left results yet
+    if (t % 32 == 0) sums[t / 32] = square;
+    sync_some(THREADS);
+    square = 0;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) square += sums[w];
-      const float root = rsqrtf(square * (1.0f / NORM_COLUMNS) + a.eps);
+    for (int w = 0; w < WARPS; ++w) square += sums[w];
+    const float root = rsqrtf(square * (1.0f / NORM_COLUMNS) + a.eps);
 #pragma unroll
-      for (int i = 0; i < n; ++i) {
-        int at = i * THREADS + t;
-        const float m[8] = {weight[i][0].x, weight[i][0].y, weight[i][0].z, weight[i][0].w,
-                            weight[i][1].x, weight[i][1].y, weight[i][1].z, weight[i][1].w};
+    for (int i = 0; i < n; ++i) {
+      int at = i * THREADS + t;
+      const float m[8] = {weight[i][0].x, weight[i][0].y, weight[i][0].z, weight[i][0].w,
+                          weight[i][1].x, weight[i][1].y, weight[i][1].z, weight[i][1].w};
 #pragma unroll
-        for (int k = 0; k < 8; ++k) f[i][k] = f[i][k] * root * m[k];
-        if (at < NORM_COLUMNS / 8) {
-          put_normed<0>(x, at * 8, f[i]);
-          if (VECTORS > 1) put_normed<V1>(x, at * 8, f[i]);
-          if (VECTORS > 2) put_normed<V2>(x, at * 8, f[i]);
-        }
+      for (int k = 0; k < 8; ++k) f[i][k] = f[i][k] * root * m[k];
+      if (at < NORM_COLUMNS / 8) {
+        put_normed<0>(x, at * 8, f[i]);
+        if (VECTORS > 1) put_normed<V1>(x, at * 8, f[i]);
+        if (VECTORS > 2) put_normed<V2>(x, at * 8, f[i]);
       }
     }
-    load_plain<0>(a, x);
-    if (VECTORS > 1) load_plain<V1>(a, x);
-    if (VECTORS > 2) load_plain<V2>(a, x);
-    sync_some(THREADS);
   }
+  load_plain<0>(a, x);
+  if (VECTORS > 1) load_plain<V1>(a, x);
+  if (VECTORS > 2) load_plain<V2>(a, x);
+  sync_some(THREADS);
 }
 
 // Zeros from the last column to the last step's end.
@@ -424,7 +439,7 @@ template <int V> DEVICE void pad(u8* x) {
 
 // One job's share of a warp, the `warp`-th of `group`. `turn` counts stages and `order` jobs of the block.
 template <int P>
-DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int lane, u32 turn, u32 order, bool dry) {
+DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int lane, u32 turn, u32 order) {
   constexpr int bits = BITS(P), eights = EIGHTS(P), all = stages(P);
   const int g = lane >> 2, t = lane & 3;
   Sums sums[eights] = {};
@@ -443,14 +458,13 @@ DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int l
     const u8* at = (SUMMED(P) && stride ? lane_vector<bits>(vector, x, lane, stride) : x) + (piece * steps(P) + first) * stride;
     // A last step may reach past the row, where the vector is zero and codes are numbers, but a scale may be none.
     const u8* end = ring + height(P) * pitch(P) + (g + 1) * scale_bytes(P) - 4;
-    if (!dry) wait_phase(s.full(stage), (turn + inner) / STAGES & 1);
-    const int to = dry ? min(first + 1, steps(P)) : steps(P);
+    wait_phase(s.full(stage), (turn + inner) / STAGES & 1);
 #pragma unroll 1
-    for (int i = first; i < to; i += GROUP, w += GROUP * 128, scales += GROUP * 16, at += GROUP * stride)
+    for (int i = first; i < steps(P); i += GROUP, w += GROUP * 128, scales += GROUP * 16, at += GROUP * stride)
       step<bits, eights>(sums, w, 8 * pitch(P), bits == 4 && scale_bytes(P) % 16 && scales > end ? end : scales,
                          8 * scale_bytes(P), SUMMED(P) && stride && at >= past ? zeros : at);
     if (SUMMED(P)) {
-      if (!dry) wait_phase(s.weighted(), 0);
+      wait_phase(s.weighted(), 0);
       const float factor = s.weights()[copy];
 #pragma unroll
       for (int e = 0; e < eights; ++e) {
@@ -459,7 +473,7 @@ DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int l
         sums[e] = {};
       }
     }
-    inner += dry ? all : GROUPS;
+    inner += GROUPS;
     if (inner >= all) {
 #pragma unroll
       for (int e = 0; e < eights; ++e) {
@@ -469,21 +483,22 @@ DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int l
       }
     }
     __syncwarp();
-    if (lane == 0 && !dry) arrive(s.empty(stage));
+    if (lane == 0) arrive(s.done(stage));
   } while (inner < all);
 }
 
-// With tall jobs the compiler must be told that it may take registers: it kept a few bytes on the stack.
-constexpr int LEAST_BLOCKS = HEIGHT == 32 ? 1 : 0;
+// As many registers as leave room for the next launch's block, or with tall jobs for none.
+constexpr int LEAST_BLOCKS = HEIGHT == 32 ? 1 : 2;
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, LEAST_BLOCKS) products(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS + 64, LEAST_BLOCKS) products(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) u8 memory[];
   const Shared s = {memory};
   const int lane = threadIdx.x & 31, warp = __shfl_sync(ALL, threadIdx.x >> 5, 0), group = warp / GROUP;
   Cursor c = Cursor::of_block(a.own);
-  if (warp == WARPS) {
-    bool some = c.settle();
-    produce(a, s, c, some);
+  if (warp >= WARPS) {
+    const bool some = c.settle();
+    if (warp == WARPS) copy(a, s, c, some);
+    else write(a, s, c, some);
     return;
   }
   u8* x = memory + X;
@@ -492,22 +507,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, LEAST_BLOCKS) product
   if (VECTORS > 1) pad<V1>(x);
   if (VECTORS > 2) pad<V2>(x);
   __syncthreads();  // the barriers are there
+  prepare(a, x);
   u32 turn = 0, order = 0;
   if (SINGLE) turn = order = group, c.job += group * c.stride;
-  bool left = c.settle(), dry = REHEARSE & 2;
-  if (!dry) prepare(a, x);
 #pragma unroll 1
-  while (left || dry) {
-    if (c.part == 0) consume<0>(s, c, group, warp % GROUP, lane, turn, order, dry);
-    else if (PARTS > 1 && c.part == 1) consume<P1>(s, c, group, warp % GROUP, lane, turn, order, dry);
-    else if (PARTS > 2 && c.part == 2) consume<P2>(s, c, group, warp % GROUP, lane, turn, order, dry);
-    if (dry) {
-      dry = false;
-      prepare(a, x);
-      continue;
-    }
+  for (bool left = c.settle(); left; left = c.next_job(TURN)) {
+    if (c.part == 0) consume<0>(s, c, group, warp % GROUP, lane, turn, order);
+    else if (PARTS > 1 && c.part == 1) consume<P1>(s, c, group, warp % GROUP, lane, turn, order);
+    else if (PARTS > 2) consume<P2>(s, c, group, warp % GROUP, lane, turn, order);
     turn += SINGLE ? GROUPS : c.stages();
     order += TURN;
-    left = c.next_job(TURN);
   }
 }
