@@ -31,10 +31,10 @@ DEVICE = torch.device("cuda")
 GROUPS, STATES, HEAD = 8, 128, 64
 SETS = {"nano": 12, "lightning": 10, "super": 5}
 PLACES = (
-    "begin", "waits", "waited", "loaded", "", "first job", "end", "",
-    "copier waits", "copier waited", "filled", "copier begins", "last stage", "copier ends",
+    "begin", "waits", "waited", "loaded", "prepared", "first job", "end", "",
+    "copier waits", "copier waited", "filled", "", "last stage", "writer ends", "chosen", "mamba sent",
 )  # fmt: skip
-"""Of the trace: the first consumer warp, then the one that copies."""
+"""Of the trace: the first consumer warp, then those that copy and write."""
 WAITED = PLACES.index("copier waited")
 HEADER = """
 __device__ unsigned long long trace_[4096 * 16];
@@ -44,23 +44,31 @@ __device__ __forceinline__ void trace(int i, bool mine) {
 #define CONSUMER(i) trace(i, threadIdx.x == 0);
 #define COPIER(i) trace(i, threadIdx.x % 32 == 0);
 """
-MARKS = (  # (what stands once in products.cu, what goes in front of it, what behind)
-    ("DEVICE u32 place(", HEADER, ""),
-    ("  Cursor c = Cursor::of_block(a.own);\n", "CONSUMER(0)\n", ""),
-    ("    if (round == 1) wait_for_producers();\n", "CONSUMER(1)\n", "    CONSUMER(2)\n"),
-    ("    load_plain<0>(a, x);", "CONSUMER(3)\n", ""),
-    ("#pragma unroll 1\n  while (left || dry) {\n", "  bool first_job = true;\n", ""),
-    ("    turn += SINGLE ? GROUPS", "if (first_job) { CONSUMER(5) }\n first_job = false;\n CONSUMER(6)\n", ""),
-    (
-        "  for (bool left = some; left; left = done.next_stage()) {\n",
-        "",
-        "if (!stage && !parity) { COPIER(11) }\n",
+MARKS = {  # of a kernel: (what stands once in it, what goes in front of it, what behind)
+    "products.cu": (
+        ("DEVICE u32 place(", HEADER, ""),
+        ("  Cursor c = Cursor::of_block(a.own);\n", "CONSUMER(0)\n", ""),
+        ("  wait_for_producers();\n  if (V_NORMED(0)) {\n", "CONSUMER(1)\n", ""),
+        ("  load_plain<0>(a, x);", "CONSUMER(3)\n", ""),
+        ("  prepare(a, x);\n", "", "CONSUMER(4)\n  bool first_job = true;\n"),
+        ("    turn += SINGLE ? GROUPS", "if (first_job) { CONSUMER(5) }\n first_job = false;\n CONSUMER(6)\n", ""),
+        ("  wait_for_producers();\n  if (SUMMED(0)) {\n", "COPIER(8)\n", ""),
+        ("  if (SUMMED(0)) {\n    Cursor again", "COPIER(9)\n", ""),
+        ("  let_next_begin();\n", "COPIER(10)\n", ""),
+        ("    wait_phase(s.done(stage), parity);\n", "", "COPIER(12)\n"),
+        ("#if CHOOSE == 1\n  const int routers", "COPIER(13)\n", ""),
+        ("  choose<EXPERTS, TOP, NORMALIZE>(a.logits,", "", ""),
+        ("a.ids, a.chosen);\n#endif\n", "", "COPIER(14)\n"),
     ),
-    ("    wait_phase(s.empty(stage), parity);\n", "", "COPIER(12)\n"),
-    ("    if (++stage == STAGES) stage = 0, parity ^= 1;\n  }\n", "", "COPIER(13)\n"),
-    ("  __syncthreads();\n  wait_for_producers();\n", "COPIER(8)\n", "COPIER(9)\n"),
-    ("  let_next_begin();\n", "COPIER(10)\n", ""),
-)
+    "mamba.cu": (
+        ("DEVICE u32 place(", HEADER, ""),
+        ("  if (tid == 0) {\n    begin_barrier(there, 1);\n", "CONSUMER(0)\n", ""),
+        ("  cluster_wait();\n  wait_for_producers();\n", "CONSUMER(8)\n", "CONSUMER(9)\n"),
+        ("    send_one(squares", "CONSUMER(15)\n", ""),
+        ("  wait_phase(there, 0);\n", "", "CONSUMER(12)\n"),
+        ("  // All blocks of the group have read what", "CONSUMER(13)\n", ""),
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +197,7 @@ def attention_us(length: int) -> float:
 def marked(source: Callable[[str], str], name: str) -> str:
     """A kernel's source with the trace's marks."""
     text = source(name)
-    if name != "products.cu":
-        return text
-    for anchor, front, behind in MARKS:
+    for anchor, front, behind in MARKS.get(name, ()):
         assert text.count(anchor) == 1, anchor
         text = text.replace(anchor, front + anchor + behind)
     return text
