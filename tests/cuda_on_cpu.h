@@ -576,7 +576,6 @@ inline void load_matrices(unsigned* r, const unsigned char* row, bool transposed
   }
 }
 inline void load_transposed(unsigned* r, const unsigned char* row) { load_matrices(r, row, true); }
-inline int anew(int v) { return v; }
 inline unsigned take_ticket(unsigned* ticket, unsigned last) {
   machine::check_global(ticket, 4, "a ticket");
   const unsigned before = *ticket;

@@ -54,11 +54,10 @@ MARKS = {  # of a kernel: (what stands once in it, what goes in front of it, wha
         ("    turn += SINGLE ? GROUPS", "if (first_job) { CONSUMER(5) }\n first_job = false;\n CONSUMER(6)\n", ""),
         ("  wait_for_producers();\n  if (SUMMED(0)) {\n", "COPIER(8)\n", ""),
         ("  if (SUMMED(0)) {\n    Cursor again", "COPIER(9)\n", ""),
-        ("  let_next_begin();\n", "COPIER(10)\n", ""),
+        ("  if (lane == 0) let_next_begin();\n", "COPIER(10)\n", ""),
         ("    wait_phase(s.done(stage), parity);\n", "", "COPIER(12)\n"),
         ("#if CHOOSE == 1\n  const int routers", "COPIER(13)\n", ""),
-        ("  choose<EXPERTS, TOP, NORMALIZE>(a.logits,", "", ""),
-        ("a.ids, a.chosen);\n#endif\n", "", "COPIER(14)\n"),
+        ("s.ids(), a.ids, a.chosen);\n", "", "COPIER(14)\n"),
     ),
     "mamba.cu": (
         ("DEVICE u32 place(", HEADER, ""),

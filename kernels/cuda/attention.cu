@@ -7,7 +7,6 @@
 //
 // Who calls this has one launch in front that makes q, k and v. Every launch waits for the one in front before it lets
 // the next begin: what lies in the cache already is older than that, and comes to shared memory before the wait.
-// Machine code comes slowly the first time, too. So all is done twice, first as a rehearsal that leaves nothing.
 //
 // FP8 values are BF16 times 2^-120 (see step.cuh), so queries and probabilities are times 2^64.
 //
@@ -62,11 +61,6 @@ DEVICE void load_transposed(u32* r, const u8* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(place(row)) : "memory");
 }
-// The same, but the compiler does not know: what is made of it is not kept in registers from one round to the next.
-DEVICE int anew(int v) {
-  asm volatile("" : "+r"(v));
-  return v;
-}
 DEVICE u32 as_fp8(float v) {  // rounded to nearest, clamped; NaN stays
   u32 r;
   asm("{\n.reg .b16 h;\ncvt.rn.satfinite.e4m3x2.f32 h, %1, %2;\ncvt.u32.u16 %0, h;\n}" : "=r"(r) : "f"(0.0f), "f"(v));
@@ -87,7 +81,7 @@ DEVICE u64 place_in(const Arguments& a, int head, int page, int position) {  // 
 // Begin to copy a chunk's keys and values, with zeros where no old position is.
 DEVICE void copy_chunk(const Arguments& a, const Block& b, int at, int stage) {
   constexpr int SIXTEENS = DIM * VALUE / 16, TURN = THREADS / SIXTEENS, TURNS = CHUNK / TURN;
-  const int thread = anew(threadIdx.x), row = thread / SIXTEENS, byte = thread % SIXTEENS * 16;
+  const int thread = threadIdx.x, row = thread / SIXTEENS, byte = thread % SIXTEENS * 16;
   const int turned = byte ^ row % 8 * 16, old = min(b.count, b.newest) - at;
   int page[TURNS];
 #pragma unroll
@@ -106,8 +100,8 @@ DEVICE void copy_chunk(const Arguments& a, const Block& b, int at, int stage) {
 
 // Queries to shared memory, a thread eight dimensions, as the keys' bytes are decoded; the new key and value there and
 // to the cache, a thread one dimension of either.
-DEVICE void load_new(const Arguments& a, const Block& b, bool real) {
-  const int thread = anew(threadIdx.x), row = thread / 16, eight = thread % 16, d = thread % DIM;
+DEVICE void load_new(const Arguments& a, const Block& b) {
+  const int thread = threadIdx.x, row = thread / 16, eight = thread % 16, d = thread % DIM;
   const bool owner = b.newest < b.count, value = thread >= DIM;
   uint4 w = {0, 0, 0, 0};
   u32 fresh = 0;
@@ -134,11 +128,8 @@ DEVICE void load_new(const Arguments& a, const Block& b, bool real) {
   const u64 at = place_in(a, b.head, a.page_table[position / PAGE], position) + d * VALUE;
   u8 *near = b.memory + NEWEST + value * PITCH + d * VALUE, *far = (value ? a.v_pages : a.k_pages) + at;
   if (FP8) fresh = as_fp8(lower(fresh) / (value ? a.v_scale : a.k_scale));
-  if (FP8) *near = (u8)fresh;
-  else *(u16*)near = (u16)fresh;
-  if (!real) return;
-  if (FP8) *far = (u8)fresh;
-  else *(u16*)far = (u16)fresh;
+  if (FP8) *near = *far = (u8)fresh;
+  else *(u16*)near = *(u16*)far = (u16)fresh;
 }
 
 // Scores of eight positions: rows g and g + 8 at columns 2 t and 2 t + 1. Four sums, so that none waits for another.
@@ -165,7 +156,7 @@ DEVICE void scores_of(const u8* keys, int sixteen, const u32 q[8][4], float* sco
 struct Softmax {
   float top, weight;  // of the row; of this thread's positions
   DEVICE void chunk(const Block& b, int left, float scale) {
-    const int thread = anew(threadIdx.x), row = thread / 16, c = thread % 16;
+    const int thread = threadIdx.x, row = thread / 16, c = thread % 16;
     u8* scores = b.memory + SCORES + row * SCORE;
     float p[CHUNK / 16], most = top;
 #pragma unroll
@@ -249,7 +240,7 @@ attention(const __grid_constant__ Arguments a) {
   const bool owner = first < length && first + share >= length;  // of the new token's position
   const Block b = {memory, head, first, max(0, min(share, length - first)), owner ? length - 1 - first : NONE};
   u64* arrived = (u64*)(memory + ARRIVED);  // what the blocks of the cluster have of this one's queries
-  if (tid == 0) {  // before anybody sends: they wait for the cluster in the rehearsal
+  if (tid == 0) {
     begin_barrier(arrived, 1);
     publish_barriers();
     arrive_and_expect(arrived, CLUSTER * OWN * (DIM + 2) * 4);
@@ -266,111 +257,102 @@ attention(const __grid_constant__ Arguments a) {
     prefetch(a.k_pages + from);
     prefetch(a.v_pages + from);
   }
+  cluster_wait();
+  wait_for_producers();
+  let_next_begin();
+  load_new(a, b);
+  Softmax softmax = {LOWEST, 0};
+  float out[2][2][4] = {};
+  int stage = 0;
 #pragma unroll 1
-  for (int round = 0; round < 2; ++round) {
-    const bool real = round;
-    if (real) {
-      wait_for_producers();
-      let_next_begin();
+  for (int at = 0; at < b.count; at += CHUNK, stage ^= 1) {
+    wait_groups<0>();
+    __syncthreads();
+    if (at > 0) {  // the chunk before is done with
+      if (at + CHUNK < b.count) copy_chunk(a, b, at + CHUNK, stage ^ 1);
+      end_group();
     }
-    load_new(a, b, real);
-    Softmax softmax = {LOWEST, 0};
-    float out[2][2][4] = {};
-    const int count = real ? b.count : 64;
-    int stage = 0;
-#pragma unroll 1
-    for (int at = 0; at < count; at += CHUNK, stage ^= 1) {
-      if (real) wait_groups<0>();
-      __syncthreads();
-      if (real && at > 0) {  // the chunk before is done with
-        if (at + CHUNK < count) copy_chunk(a, b, at + CHUNK, stage ^ 1);
-        end_group();
-      }
-      const int left = min(CHUNK, count - at), newest = b.newest - at;
-      u32 q[8][4];
+    const int left = min(CHUNK, b.count - at), newest = b.newest - at;
+    u32 q[8][4];
 #pragma unroll
-      for (int s = 0; s < 8; ++s)
-        load_matrices(q[s], memory + QUERIES + lane % 16 * QUERY + lane / 16 * 16 + s * 32);
+    for (int s = 0; s < 8; ++s)
+      load_matrices(q[s], memory + QUERIES + lane % 16 * QUERY + lane / 16 * 16 + s * 32);
 #pragma unroll 1
-      for (int row = warp * 8 + lane % 8; row - lane % 8 < left; row += WARPS * 8) {
+    for (int row = warp * 8 + lane % 8; row - lane % 8 < left; row += WARPS * 8) {
+      const bool is_new = row == newest;
+      const u8* keys = is_new ? memory + NEWEST : b.keys(stage) + row * PITCH;
+      float score[4];
+      scores_of(keys, lane / 8 ^ (is_new ? 0 : lane % 8), q, score);
+      float* to = (float*)(memory + SCORES + g * SCORE) + row - lane % 8 + 2 * t;
+      *(float2*)to = {score[0], score[1]};
+      *(float2*)(to + 8 * SCORE / 4) = {score[2], score[3]};
+    }
+    __syncthreads();
+    softmax.chunk(b, left, a.scale * DOWN_KV);
+    __syncthreads();
+    const float* shrink = (const float*)(memory + SHRINK);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) out[i / 8][i / 4 % 2][i % 4] *= shrink[g + i % 4 / 2 * 8];
+#pragma unroll 1
+    for (int from = 0; from < left; from += 32) {
+      const u8 *values[2], *fresh = memory + NEWEST + PITCH;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = from + (FP8 ? lane : i * 16 + lane % 16);
         const bool is_new = row == newest;
-        const u8* keys = is_new ? memory + NEWEST : b.keys(stage) + row * PITCH;
-        float score[4];
-        scores_of(keys, lane / 8 ^ (is_new ? 0 : lane % 8), q, score);
-        float* to = (float*)(memory + SCORES + g * SCORE) + row - lane % 8 + 2 * t;
-        *(float2*)to = {score[0], score[1]};
-        *(float2*)(to + 8 * SCORE / 4) = {score[2], score[3]};
+        values[i] = is_new ? fresh : b.values(stage) + row * PITCH;
+        values[i] += ((FP8 ? warp : warp * 2 + lane / 16) ^ (is_new ? 0 : lane % 8)) * 16;
       }
-      __syncthreads();
-      softmax.chunk(b, left, a.scale * DOWN_KV);
-      __syncthreads();
-      const float* shrink = (const float*)(memory + SHRINK);
-#pragma unroll
-      for (int i = 0; i < 16; ++i) out[i / 8][i / 4 % 2][i % 4] *= shrink[g + i % 4 / 2 * 8];
-#pragma unroll 1
-      for (int from = 0; from < left; from += 32) {
-        const u8 *values[2], *fresh = memory + NEWEST + PITCH;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int row = from + (FP8 ? lane : i * 16 + lane % 16);
-          const bool is_new = row == newest;
-          values[i] = is_new ? fresh : b.values(stage) + row * PITCH;
-          values[i] += ((FP8 ? warp : warp * 2 + lane / 16) ^ (is_new ? 0 : lane % 8)) * 16;
-        }
-        add_values(values[0], values[1], memory + SCORES + lane % 16 * SCORE + lane / 16 * 16 + from * 2, out);
-      }
+      add_values(values[0], values[1], memory + SCORES + lane % 16 * SCORE + lane / 16 * 16 + from * 2, out);
     }
-    // A lane's columns are four neighbours, as they are numbered from here to the end.
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = g + half * 8;
-      float v[2][2];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        v[i / 2][i % 2] = (out[0][i / 2][half * 2 + i % 2] + out[1][i / 2][half * 2 + i % 2]) * DOWN_KV;
-      Floats four = {v[0][0], v[0][1], v[1][0], v[1][1]};
-      if (FP8) four = {v[0][0], v[1][0], v[0][1], v[1][1]};
-      float* to = (float*)(memory + PARTS) + (rank * OWN + row % OWN) * DIM + warp * 16 + t * 4;
-      if (real) send_four(to, row / OWN, four, arrived);
-    }
-#pragma unroll
-    for (int lanes = 1; lanes < 16; lanes *= 2) softmax.weight += __shfl_xor_sync(ALL, softmax.weight, lanes);
-    if (real && tid % 16 == 0) {
-      float* to = (float*)(memory + STATS) + (rank * OWN + tid / 16 % OWN) * 2;
-      send_two(to, tid / 16 / OWN, softmax.top, softmax.weight, arrived);
-    }
-    if (real) wait_phase(arrived, 0);
-    else cluster_wait();
-    const int thread = anew(tid), own = thread / DIM, column = thread % DIM, row = rank * OWN + own;
-    Share shares[CLUSTER];
-#pragma unroll
-    for (int i = 0; i < CLUSTER; ++i) {
-      const float2 two = ((const float2*)(memory + STATS))[i * OWN + own];
-      shares[i] = {two.x, two.y, ((const float*)(memory + PARTS))[(i * OWN + own) * DIM + column]};
-    }
-    Share all = together(shares);
-    if (used > 1) {
-      const u64 base = (u64)head * CLUSTERS * ROWS + row;
-      if (real) {
-        a.sums[(base + cluster * ROWS) * DIM + column] = all.sum;
-        if (column == 0) *(float2*)(a.stats + (base + cluster * ROWS) * 2) = {all.top, all.weight};
-      }
-      __syncthreads();
-      u32* last = (u32*)(memory + LAST);
-      if (tid == 0) *last = !real || take_ticket(a.tickets + head * CLUSTER + rank, used - 1) == used - 1;
-      __syncthreads();
-      if (!*last) return;
-      Share clusters[CLUSTERS];
-#pragma unroll
-      for (int i = 0; i < CLUSTERS; ++i) {
-        const u64 from = base + min(i, used - 1) * ROWS;
-        const float2 two = __ldcg((const float2*)a.stats + from);
-        clusters[i] = {i < used ? two.x : LOWEST, i < used ? two.y : 0, __ldcg(a.sums + from * DIM + column)};
-      }
-      all = together(clusters);
-    }
-    const int i = column % 4, d = FP8 ? column : column / 16 * 16 + i / 2 * 8 + column / 4 % 4 * 2 + i % 2;
-    const float value = __fdividef(all.sum, all.weight) * a.v_scale;
-    if (real && row < GROUP) a.out[(head * GROUP + row) * DIM + d] = (u16)two_bf16(value, 0);
   }
+  // A lane's columns are four neighbours, as they are numbered from here to the end.
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = g + half * 8;
+    float v[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      v[i / 2][i % 2] = (out[0][i / 2][half * 2 + i % 2] + out[1][i / 2][half * 2 + i % 2]) * DOWN_KV;
+    Floats four = {v[0][0], v[0][1], v[1][0], v[1][1]};
+    if (FP8) four = {v[0][0], v[1][0], v[0][1], v[1][1]};
+    float* to = (float*)(memory + PARTS) + (rank * OWN + row % OWN) * DIM + warp * 16 + t * 4;
+    send_four(to, row / OWN, four, arrived);
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < 16; lanes *= 2) softmax.weight += __shfl_xor_sync(ALL, softmax.weight, lanes);
+  if (tid % 16 == 0) {
+    float* to = (float*)(memory + STATS) + (rank * OWN + tid / 16 % OWN) * 2;
+    send_two(to, tid / 16 / OWN, softmax.top, softmax.weight, arrived);
+  }
+  wait_phase(arrived, 0);
+  const int thread = tid, own = thread / DIM, column = thread % DIM, row = rank * OWN + own;
+  Share shares[CLUSTER];
+#pragma unroll
+  for (int i = 0; i < CLUSTER; ++i) {
+    const float2 two = ((const float2*)(memory + STATS))[i * OWN + own];
+    shares[i] = {two.x, two.y, ((const float*)(memory + PARTS))[(i * OWN + own) * DIM + column]};
+  }
+  Share all = together(shares);
+  if (used > 1) {
+    const u64 base = (u64)head * CLUSTERS * ROWS + row;
+    a.sums[(base + cluster * ROWS) * DIM + column] = all.sum;
+    if (column == 0) *(float2*)(a.stats + (base + cluster * ROWS) * 2) = {all.top, all.weight};
+    __syncthreads();
+    u32* last = (u32*)(memory + LAST);
+    if (tid == 0) *last = take_ticket(a.tickets + head * CLUSTER + rank, used - 1) == used - 1;
+    __syncthreads();
+    if (!*last) return;
+    Share clusters[CLUSTERS];
+#pragma unroll
+    for (int i = 0; i < CLUSTERS; ++i) {
+      const u64 from = base + min(i, used - 1) * ROWS;
+      const float2 two = __ldcg((const float2*)a.stats + from);
+      clusters[i] = {i < used ? two.x : LOWEST, i < used ? two.y : 0, __ldcg(a.sums + from * DIM + column)};
+    }
+    all = together(clusters);
+  }
+  const int i = column % 4, d = FP8 ? column : column / 16 * 16 + i / 2 * 8 + column / 4 % 4 * 2 + i % 2;
+  const float value = __fdividef(all.sum, all.weight) * a.v_scale;
+  if (row < GROUP) a.out[(head * GROUP + row) * DIM + d] = (u16)two_bf16(value, 0);
 }

@@ -9,15 +9,25 @@ DEVICE u32 ordered(float v) {
 }
 DEVICE float sigmoid(float v) { return 1 / (1 + __expf(-v)); }
 
+// What is known of an expert.
+struct alignas(16) Candidate {
+  u32 key;  // sigmoid(logit) + bias, in the order of integers
+  int number;
+  float score;  // sigmoid(logit)
+};
+
 // The BEST (at most 32) of COUNT experts by sigmoid(logit) + bias, best first, of equals the lower number, and their
-// weights: sigmoid(logit), which SUM_ONE makes sum to one, times `scale`. A lane has neighbouring experts.
+// weights: sigmoid(logit), which SUM_ONE makes sum to one, times `scale`. A lane has neighbouring experts; the BEST-th
+// best of the lanes' best is at most the BEST-th best of all, so that what is less is out. The others, in the order of
+// their numbers, each count who is better. (One after the other takes eight microseconds for 22 of 512.)
+// Shared memory: `able` for COUNT, `order` for BEST.
 template <int COUNT, int BEST, bool SUM_ONE>
-DEVICE void choose(const float* logits, const float* bias, float scale, int* ids, float* chosen) {
+DEVICE void choose(const float* logits, const float* bias, float scale, Candidate* able, int* order, int* ids, float* chosen) {
   constexpr int EACH = (COUNT + 31) / 32;
   static_assert(BEST <= 32 && BEST <= COUNT, "");
   const int lane = threadIdx.x & 31;
   float score[EACH], beside[EACH];
-  u32 key[EACH];  // sigmoid(logit) + bias, in the order of integers; 0: none, or taken
+  u32 key[EACH], best = 0;
 #pragma unroll
   for (int j = 0; j < EACH; ++j) {
     const int e = min(lane * EACH + j, COUNT - 1);
@@ -27,25 +37,41 @@ DEVICE void choose(const float* logits, const float* bias, float scale, int* ids
   for (int j = 0; j < EACH; ++j) {
     score[j] = sigmoid(score[j]);
     key[j] = lane * EACH + j < COUNT ? ordered(score[j] + beside[j]) : 0;
+    best = max(key[j], best);
   }
+  int rank = 0;
+#pragma unroll 8
+  for (int i = 0; i < 32; ++i) {
+    const u32 other = __shfl_sync(ALL, best, i);
+    rank += other > best || (other == best && i < lane);
+  }
+  const u32 least = __shfl_sync(ALL, best, __ffs(__ballot_sync(ALL, rank == BEST - 1)) - 1);
   int own = 0;
-  float weight = 0;
-#pragma unroll 1
-  for (int place = 0; place < BEST; ++place) {
-    u32 best = 0;
 #pragma unroll
-    for (int j = 0; j < EACH; ++j) best = max(best, key[j]);
-    const u32 most = __reduce_max_sync(ALL, best);
-    const int owner = __ffs(__ballot_sync(ALL, best == most)) - 1;
-    bool found = lane != owner;
-    int number = 0;
-    float its = 0;
+  for (int j = 0; j < EACH; ++j) own += key[j] >= least && key[j] != 0;
+  int at = own;
 #pragma unroll
-    for (int j = 0; j < EACH; ++j)
-      if (!found && key[j] == most) found = true, number = lane * EACH + j, its = score[j], key[j] = 0;
-    number = __shfl_sync(ALL, number, owner), its = __shfl_sync(ALL, its, owner);
-    if (lane == place) own = number, weight = its;
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const int other = __shfl_up_sync(ALL, at, lanes);
+    at += lane >= lanes ? other : 0;
   }
+  const int all = __shfl_sync(ALL, at, 31);
+  at -= own;
+#pragma unroll
+  for (int j = 0; j < EACH; ++j)
+    if (key[j] >= least && key[j] != 0) able[at++] = {key[j], lane * EACH + j, score[j]};
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane; i < all; i += 32) {
+    const u32 mine = able[i].key;
+    int place = 0;
+#pragma unroll 4
+    for (int k = 0; k < all; ++k) place += able[k].key > mine || (able[k].key == mine && k < i);
+    if (place < BEST) order[place] = i;
+  }
+  __syncwarp();
+  const Candidate mine = able[order[min(lane, BEST - 1)]];
+  float weight = lane < BEST ? mine.score : 0;
   if (SUM_ONE) weight /= warp_sum(weight) + 1e-20f;
-  if (lane < BEST) ids[lane] = own, chosen[lane] = weight * scale;
+  if (lane < BEST) ids[lane] = mine.number, chosen[lane] = weight * scale;
 }

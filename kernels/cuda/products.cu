@@ -217,17 +217,6 @@ template <int P> DEVICE float collect(const float* red, int first, int lane) {
   return y;
 }
 
-// Which experts were chosen, and what their results are times; by a warp.
-template <int P> DEVICE void take_chosen(const Arguments& a, const Shared& s, const float* scales) {
-  const int lane = threadIdx.x & 31;
-  if (lane < TOP) {
-    const int id = __ldcg(a.ids + lane);
-    s.ids()[lane] = id;
-    s.weights()[lane] = (scales ? scales[id] : 1) * (SUMMED(P) ? __ldcg(a.chosen + lane) : 1);
-  }
-  __syncwarp();
-}
-
 // The warp that copies. It has nothing else to do: a job's worth of it takes as long as a job.
 DEVICE void copy(const Arguments& a, const Shared& s, const Cursor& begin, bool some) {
   const int lane = threadIdx.x & 31;
@@ -244,9 +233,14 @@ DEVICE void copy(const Arguments& a, const Shared& s, const Cursor& begin, bool 
 #if CHOOSE > 1
   constexpr int of = CHOSEN(P2) ? P2 : CHOSEN(P1) ? P1 : 0;
   const float* scales = BITS(of) < 16 ? a.parts[of].factors : nullptr;
+  int id = 0;
+  const auto know = [&] {  // which are chosen; what their results are times is not wanted as soon
+    if (lane < TOP) id = __ldcg(a.ids + lane), s.ids()[lane] = id;
+    __syncwarp();
+  };
 #endif
 #if CHOOSE == 3
-  take_chosen<of>(a, s, scales);
+  know();
 #endif
   // What the launch in front does not decide.
 #pragma unroll 1
@@ -263,16 +257,19 @@ DEVICE void copy(const Arguments& a, const Shared& s, const Cursor& begin, bool 
       if (lane == 0) fill_next_vector(a, s, again, stage);
   }
 #if CHOOSE == 2
-  take_chosen<of>(a, s, scales);
+  know();
 #endif
-  if (lane > 0) return;
 #pragma unroll 1
   for (; more && filled < STAGES; ++filled) {
-    fill_next(a, s, at, filled);
-    fill_next_vector(a, s, at, filled);
+    if (lane == 0) fill_next(a, s, at, filled), fill_next_vector(a, s, at, filled);
     more = at.next_stage();
   }
-  let_next_begin();
+  if (lane == 0) let_next_begin();
+#if CHOOSE > 1
+  if (lane < TOP) s.weights()[lane] = (scales ? scales[id] : 1) * (SUMMED(of) ? __ldcg(a.chosen + lane) : 1);
+  __syncwarp();
+#endif
+  if (lane > 0) return;
   arrive(s.weighted());
   int stage = 0;
   u32 parity = 0;
@@ -330,7 +327,9 @@ DEVICE void write(const Arguments& a, const Shared& s, const Cursor& begin, bool
   __syncwarp();  // all lanes have written their logits
   const u32 before = __shfl_sync(ALL, lane == 0 ? take_ticket(a.ticket, routers - 1) : 0, 0);
   if (before < routers - 1) return;
-  choose<EXPERTS, TOP, NORMALIZE>(a.logits, a.bias, a.scale, a.ids, a.chosen);
+  Candidate* able = (Candidate*)s.ring(0);  // the block's stages are done with
+  static_assert(CHOOSE != 1 || EXPERTS * (int)sizeof(Candidate) <= STAGES * STAGE, "");
+  choose<EXPERTS, TOP, NORMALIZE>(a.logits, a.bias, a.scale, able, s.ids(), a.ids, a.chosen);
 #endif
 }
 
