@@ -29,7 +29,8 @@ def _room(x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
 
 def _run(plan: Plan, weights: tuple[Weight, ...], outs: tuple[Tensor, ...], inputs: Inputs) -> None:
     major, _ = torch.cuda.get_device_capability(outs[0].device)
-    run(plan, weights, outs, inputs, plans.cut(plan, major))
+    whole, cut = plans.fitted(plan, major)
+    run(whole, weights, outs, inputs, cut)
 
 
 def norm_linears(stream: Tensor, norm: Norm, weights: tuple[Weight, ...]) -> tuple[Tensor, ...]:

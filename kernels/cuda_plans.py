@@ -1,6 +1,6 @@
 """Which launches of cuda/products.cu an op takes for one token, from its weights' shapes and formats alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from nanoserve.kernels.chips import shared_room
@@ -87,10 +87,61 @@ def down(m: Matrix, router: Router, to: To, after: int) -> Plan:
     return Plan((experts,), (Vector(m.bits, m.columns, none=True),), router)
 
 
+def role(plan: Plan) -> str:
+    """What a launch does: a mixture's three, the head, an addition to the stream, or another product."""
+    first = plan.parts[0]
+    if plan.router:
+        return "down" if first.summed else "front" if plan.router.chosen == "here" else "up"
+    return {"STREAM": "add", "FLOAT": "head"}.get(first.to, "read")
+
+
+MEASURED: dict[int, dict[tuple[str, int, int], tuple[Cut, int]]] = {
+    9: {
+        ("read", 4, 2688): (Cut(2, 4), 1),
+        ("read", 8, 2688): (Cut(2, 6, 8), 1),
+        ("read", 16, 2688): (Cut(1, 3, 8), 1),
+        ("read", 8, 4096): (Cut(1, 4, 8), 1),
+        ("read", 16, 4096): (Cut(2, 4), 1),
+        ("add", 4, 4096): (Cut(4, 4), 2),
+        ("add", 8, 4096): (Cut(1, 4, 8, longest=2048), 1),
+        ("add", 16, 4096): (Cut(2, 4, 8), 1),
+        ("add", 8, 8192): (Cut(1, 4, 8), 1),
+        ("add", 8, 1024): (Cut(2, 6, 8), 2),
+        ("add", 16, 1024): (Cut(2, 6, 8), 2),
+        ("front", 32, 2688): (Cut(1, 4, 8), 1),
+        ("front", 16, 2688): (Cut(2, 8), 1),
+        ("front", 16, 4096): (Cut(1, 4, 8), 1),
+        ("up", 4, 3712): (Cut(2, 6, 8), 1),
+        ("up", 4, 5376): (Cut(1, 3, 8), 2),
+        ("up", 8, 5376): (Cut(1, 3, 8), 1),
+        ("up", 16, 5376): (Cut(1, 3, 8), 1),
+        ("down", 4, 1856): (Cut(4, 8), 1),
+        ("down", 4, 2688): (Cut(2, 4), 1),
+        ("head", 4, 2688): (Cut(2, 4), 2),
+        ("head", 16, 2688): (Cut(2, 8), 1),
+        ("head", 16, 4096): (Cut(2, 6, 8), 1),
+    }
+}
+"""Of a chip's major number: for a role, and the first part's bits and columns, the fastest cut, and the eights of rows
+of that part's jobs.
+
+H200, 2026-11-30, chains of layers as in tests/gpu_cuda.py, one after another changed until nothing gained.
+"""
+
+
 @cache
-def cut(plan: Plan, major: int) -> Cut:
-    """How a launch is cut on a chip: so that the next one has room beside it, and its weights are on their way."""
-    room = shared_room(major)
+def fitted(plan: Plan, major: int) -> tuple[Plan, Cut]:
+    """A launch as a chip takes it best: as measured, or else so that the next one has room beside it.
+
+    The next one's weights are then on their way before its turn has come.
+    """
+    room, first = shared_room(major), plan.parts[0]
+    found = MEASURED.get(major, {}).get((role(plan), first.bits, first.columns))
+    if found:
+        measured, tall = found
+        other = replace(plan, parts=(replace(first, eights=tall), *plan.parts[1:]))
+        if other.shared(measured) <= room:
+            return other, measured
     # On Hopper launches may take most of a multiprocessor (measured); on SM12x, which no card has shown, half.
     most = room - 23 * RESERVED if major == 9 else (room + RESERVED) // 2 - RESERVED
     for limit, groups, stages in (
@@ -102,5 +153,5 @@ def cut(plan: Plan, major: int) -> Cut:
         (room, 1, 1),
     ):
         if plan.shared(Cut(groups, stages)) <= limit:
-            return Cut(groups, stages)
+            return plan, Cut(groups, stages)
     raise ValueError(f"no cut of {plan} fits {room} bytes of shared memory")

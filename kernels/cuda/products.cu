@@ -486,8 +486,8 @@ DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int l
   } while (inner < all);
 }
 
-// As many registers as leave room for the next launch's block, or with tall jobs for none.
-constexpr int LEAST_BLOCKS = HEIGHT == 32 ? 1 : 2;
+// As many registers as leave room for the next launch's block; tall jobs want more.
+constexpr int LEAST_BLOCKS = HEIGHT == 32 || (HEIGHT == 16 && WARPS == 16) ? 1 : 2;
 
 extern "C" __global__ void __launch_bounds__(THREADS + 64, LEAST_BLOCKS) products(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) u8 memory[];
