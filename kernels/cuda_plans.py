@@ -95,7 +95,7 @@ def role(plan: Plan) -> str:
     return {"STREAM": "add", "FLOAT": "head"}.get(first.to, "read")
 
 
-MEASURED: dict[int, dict[tuple[str, int, int], tuple[Cut, int]]] = {
+MEASURED: dict[int, dict[tuple[str, int, int], tuple[Cut, *tuple[int, ...]]]] = {
     9: {
         ("read", 4, 2688): (Cut(2, 4), 1),
         ("read", 8, 2688): (Cut(2, 6, 8), 1),
@@ -108,8 +108,8 @@ MEASURED: dict[int, dict[tuple[str, int, int], tuple[Cut, int]]] = {
         ("add", 8, 8192): (Cut(1, 4, 8), 1),
         ("add", 8, 1024): (Cut(2, 6, 8), 2),
         ("add", 16, 1024): (Cut(2, 6, 8), 2),
-        ("front", 32, 2688): (Cut(1, 4, 8), 1),
-        ("front", 16, 2688): (Cut(2, 8), 1),
+        ("front", 32, 2688): (Cut(1, 4, 8), 1, 1),
+        ("front", 16, 2688): (Cut(2, 8), 1, 2),
         ("front", 16, 4096): (Cut(1, 4, 8), 1),
         ("up", 4, 3712): (Cut(2, 6, 8), 1),
         ("up", 4, 5376): (Cut(1, 3, 8), 2),
@@ -122,8 +122,8 @@ MEASURED: dict[int, dict[tuple[str, int, int], tuple[Cut, int]]] = {
         ("head", 16, 4096): (Cut(2, 6, 8), 1),
     }
 }
-"""Of a chip's major number: for a role, and the first part's bits and columns, the fastest cut, and the eights of rows
-of that part's jobs.
+"""Of a chip's major number: for a role, and the first part's bits and columns, the fastest cut, and how many eights of
+rows the jobs of its first parts have.
 
 H200, 2026-11-30, chains of layers as in tests/gpu_cuda.py, one after another changed until nothing gained.
 """
@@ -138,8 +138,9 @@ def fitted(plan: Plan, major: int) -> tuple[Plan, Cut]:
     room, first = shared_room(major), plan.parts[0]
     found = MEASURED.get(major, {}).get((role(plan), first.bits, first.columns))
     if found:
-        measured, tall = found
-        other = replace(plan, parts=(replace(first, eights=tall), *plan.parts[1:]))
+        measured, *tall = found
+        parts = (replace(part, eights=eights) for part, eights in zip(plan.parts, tall, strict=False))
+        other = replace(plan, parts=(*parts, *plan.parts[len(tall) :]))
         if other.shared(measured) <= room:
             return other, measured
     # On Hopper launches may take most of a multiprocessor (measured); on SM12x, which no card has shown, half.
