@@ -200,7 +200,6 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in POINTERS),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
-        ("own", ctypes.c_int),
     ]
 
 
@@ -260,7 +259,9 @@ def _multiprocessors(device: torch.device) -> int:
 def run(plan: Plan, weights: tuple[Weight, ...], outs: tuple[Tensor, ...], inputs: Inputs, cut: Cut) -> None:
     """Launch a plan: ``outs`` are set to the parts' results."""
     device = outs[0].device
-    kernel = nvrtc.load("products.cu", plan.defines(cut), cut.threads, plan.shared(cut), device)
+    blocks = min(plan.jobs, _multiprocessors(device))
+    defines = {**plan.defines(cut), "OWN": str(plan.own(blocks))}
+    kernel = nvrtc.load("products.cu", defines, cut.threads, plan.shared(cut), device)
     arguments = _Arguments(eps=inputs.eps, scale=inputs.scale)
     for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
         arguments.parts[i] = _Part(*_pointers(weight, out))
@@ -269,6 +270,4 @@ def run(plan: Plan, weights: tuple[Weight, ...], outs: tuple[Tensor, ...], input
     for name in POINTERS:
         tensor: Tensor | None = getattr(inputs, name)
         setattr(arguments, name, tensor.data_ptr() if tensor is not None else None)
-    blocks = min(plan.jobs, _multiprocessors(device))
-    arguments.own = plan.own(blocks)
     kernel.launch(blocks, arguments, device)

@@ -47,14 +47,18 @@ __device__ __forceinline__ void trace(int i, bool mine) {
 MARKS = {  # of a kernel: (what stands once in it, what goes in front of it, what behind)
     "products.cu": (
         ("DEVICE u32 place(", HEADER, ""),
-        ("  Cursor c = Cursor::of_block(a.own);\n", "CONSUMER(0)\n", ""),
+        ("  Cursor c = Cursor::of_block();\n", "CONSUMER(0)\n", ""),
         ("  wait_for_producers();\n  if (V_NORMED(0)) {\n", "CONSUMER(1)\n", ""),
         ("  load_plain<0>(a, x);", "CONSUMER(3)\n", ""),
         ("  prepare(a, x);\n", "", "CONSUMER(4)\n  bool first_job = true;\n"),
-        ("    turn += SINGLE ? GROUPS", "if (first_job) { CONSUMER(5) }\n first_job = false;\n CONSUMER(6)\n", ""),
+        (
+            "    begin = (begin - c.stages())",
+            "if (first_job) { CONSUMER(5) }\n first_job = false;\n CONSUMER(6)\n",
+            "",
+        ),
         ("  wait_for_producers();\n  if (SUMMED(0)) {\n", "COPIER(8)\n", ""),
         ("  if (SUMMED(0)) {\n    Cursor again", "COPIER(9)\n", ""),
-        ("  if (lane == 0) let_next_begin();\n", "COPIER(10)\n", ""),
+        ("  let_next_begin();\n", "COPIER(10)\n", ""),
         ("    wait_phase(s.done(stage), parity);\n", "", "COPIER(12)\n"),
         ("#if CHOOSE == 1\n  const int routers", "COPIER(13)\n", ""),
         ("s.ids(), a.ids, a.chosen);\n", "", "COPIER(14)\n"),

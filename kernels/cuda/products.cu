@@ -14,6 +14,7 @@
 // weights that meet it), V_COLUMNS_OF, V_NONE_OF (it is none: a summed part's), V_SOURCE_OF (which input),
 // V_NORMED_OF, V_READY_OF (it is left in the weights' order); and EXPERTS, TOP, NORMALIZE, CHOOSE: 1, experts are
 // chosen here, when the first part, the router, is done; 2, the launch in front has chosen; 3, one before that has; 0.
+// OWN: so many blocks take the first part's jobs, and the others the rest; or 0.
 #include "step.cuh"
 #include "choice.cuh"
 
@@ -37,7 +38,6 @@ struct Arguments {
   float* chosen;       // their weights
   u32* ticket;         // zero between launches: blocks that are done with the router count themselves
   float eps, scale;
-  int own;             // so many blocks take the first part's jobs, and the others the rest; or 0
 };
 
 #define LIST(name, ...)                  \
@@ -106,16 +106,15 @@ constexpr int FIRST_JOBS = jobs(0), SECOND_JOBS = PARTS > 1 ? jobs(P1) : 0, THIR
 // Where a block is in its work: a job of a part, and in it a stage's worth. A summed part's job has all experts'
 // rows.
 struct Cursor {
-  int job, part, inner, stride;
-  bool first_only;
-  DEVICE static Cursor of_block(int own) {
-    const int block = blockIdx.x, all = gridDim.x;
-    if (own == 0) return {block, 0, 0, all, false};
-    return block < own ? Cursor{block, 0, 0, own, true} : Cursor{block - own + FIRST_JOBS, 0, 0, all - own, false};
+  int job, part, inner;
+  DEVICE static bool in_own() { return OWN > 0 && blockIdx.x < OWN; }
+  DEVICE static int stride() { return OWN == 0 ? (int)gridDim.x : in_own() ? OWN : (int)gridDim.x - OWN; }
+  DEVICE static Cursor of_block() {
+    return {OWN == 0 || in_own() ? (int)blockIdx.x : (int)blockIdx.x - OWN + FIRST_JOBS, 0, 0};
   }
   DEVICE bool settle() {  // which part the job is of; false past the end
     if (part == 0 && job >= FIRST_JOBS) {
-      if (first_only) return false;
+      if (in_own()) return false;
       job -= FIRST_JOBS, part = 1;
     }
     if (PARTS > 1 && part == 1 && job >= SECOND_JOBS) job -= SECOND_JOBS, part = 2;
@@ -126,7 +125,7 @@ struct Cursor {
   DEVICE bool chosen() const { return part == 0 ? CHOSEN(0) : PARTS > 1 && part == 1 ? CHOSEN(P1) : CHOSEN(P2); }
   DEVICE bool next_job(int turn = 1) {
     inner = 0;
-    job += stride * turn;
+    job += stride() * turn;
     return settle();
   }
   DEVICE bool next_stage() { return ++inner < stages() || next_job(); }
@@ -230,18 +229,11 @@ DEVICE void copy(const Arguments& a, const Shared& s, const Cursor& begin, bool 
     begin_barrier(s.weighted(), 1);
     publish_barriers();
   }
-#if CHOOSE > 1
-  constexpr int of = CHOSEN(P2) ? P2 : CHOSEN(P1) ? P1 : 0;
-  const float* scales = BITS(of) < 16 ? a.parts[of].factors : nullptr;
-  int id = 0;
-  const auto know = [&] {  // which are chosen; what their results are times is not wanted as soon
-    if (lane < TOP) id = __ldcg(a.ids + lane), s.ids()[lane] = id;
+  const auto take_ids = [&] {
+    if (lane < TOP) s.ids()[lane] = __ldcg(a.ids + lane);
     __syncwarp();
   };
-#endif
-#if CHOOSE == 3
-  know();
-#endif
+  if (CHOOSE == 3) take_ids();
   // What the launch in front does not decide.
 #pragma unroll 1
   for (; more && filled < STAGES && (CHOOSE == 3 || !at.chosen()); ++filled) {
@@ -256,21 +248,14 @@ DEVICE void copy(const Arguments& a, const Shared& s, const Cursor& begin, bool 
     for (int stage = 0; stage < filled; ++stage, again.next_stage())
       if (lane == 0) fill_next_vector(a, s, again, stage);
   }
-#if CHOOSE == 2
-  know();
-#endif
+  if (CHOOSE == 2) take_ids();
 #pragma unroll 1
   for (; more && filled < STAGES; ++filled) {
     if (lane == 0) fill_next(a, s, at, filled), fill_next_vector(a, s, at, filled);
     more = at.next_stage();
   }
-  if (lane == 0) let_next_begin();
-#if CHOOSE > 1
-  if (lane < TOP) s.weights()[lane] = (scales ? scales[id] : 1) * (SUMMED(of) ? __ldcg(a.chosen + lane) : 1);
-  __syncwarp();
-#endif
   if (lane > 0) return;
-  arrive(s.weighted());
+  let_next_begin();
   int stage = 0;
   u32 parity = 0;
 #pragma unroll 1
@@ -291,8 +276,17 @@ DEVICE void write(const Arguments& a, const Shared& s, const Cursor& begin, bool
   for (int p = 0; p < PARTS; ++p)
     if (BITS(p) < 16 && !CHOSEN(p)) factors[p] = *a.parts[p].factors;
   __syncthreads();
+#if CHOOSE > 1
+  constexpr int of = CHOSEN(P2) ? P2 : CHOSEN(P1) ? P1 : 0;
+  if (CHOOSE == 2) wait_for_producers();
+  if (lane < TOP) {
+    const float factor = BITS(of) < 16 ? a.parts[of].factors[__ldcg(a.ids + lane)] : 1;
+    s.weights()[lane] = factor * (SUMMED(of) ? __ldcg(a.chosen + lane) : 1);
+  }
+  __syncwarp();
+  if (lane == 0) arrive(s.weighted());
+#endif
   wait_for_producers();
-  if (CHOOSE > 1) wait_phase(s.weighted(), 0);
   int stage = 0, first = 0, order = 0;  // of the job: its first stage's group, its place among results
   u32 parity = 0;
 #pragma unroll 1
@@ -322,7 +316,7 @@ DEVICE void write(const Arguments& a, const Shared& s, const Cursor& begin, bool
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 #if CHOOSE == 1
-  const int routers = min(FIRST_JOBS, a.own ? a.own : (int)gridDim.x);
+  const int routers = min(FIRST_JOBS, OWN ? OWN : (int)gridDim.x);
   if (blockIdx.x >= routers) return;
   __syncwarp();  // all lanes have written their logits
   const u32 before = __shfl_sync(ALL, lane == 0 ? take_ticket(a.ticket, routers - 1) : 0, 0);
@@ -436,28 +430,38 @@ template <int V> DEVICE void pad(u8* x) {
   if (threadIdx.x < rest) *(Words*)(x + vector_at(V) + own + threadIdx.x * 16) = {0, 0, 0, 0};
 }
 
-// One job's share of a warp, the `warp`-th of `group`. `turn` counts stages and `order` jobs of the block.
+// Where a group is in the ring: it takes every GROUPS-th stage.
+struct Turn {
+  int stage;
+  u32 parity;
+  DEVICE void next() {
+    stage += GROUPS;
+    if (stage >= STAGES) stage -= STAGES, parity ^= 1;
+  }
+};
+
+// One job's share of a warp, the `warp`-th of a group. `begin` is the first stage of the job that is the group's, and
+// `order` the job's place among results.
 template <int P>
-DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int lane, u32 turn, u32 order) {
+DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int lane, Turn& turn, int begin, int order) {
   constexpr int bits = BITS(P), eights = EIGHTS(P), all = stages(P);
   const int g = lane >> 2, t = lane & 3;
   Sums sums[eights] = {};
   float total[eights] = {};
-  int inner = SINGLE ? 0 : (group - turn) % GROUPS;
+  int inner = SINGLE ? 0 : begin;
   if (!SINGLE && inner >= all) return;
   int stride, first = (warp + c.job) % GROUP;  // the last steps fall to another warp each time
   const u8 *zeros = s.memory + ZEROS, *x = lane_vector<bits>(s.memory + X + vector_at(VECTOR(P)), zeros, lane, stride);
 #pragma unroll 1
   do {
     const int copy = SUMMED(P) ? inner / pieces(P) : 0, piece = SUMMED(P) ? inner % pieces(P) : inner;
-    const u32 stage = (turn + inner) % STAGES;
-    const u8* ring = s.ring(stage);
+    const u8* ring = s.ring(turn.stage);
     const u8 *w = ring + g * pitch(P) + t * 16 + first * 128, *scales = ring + height(P) * pitch(P) + g * scale_bytes(P) + t * 4 + first * 16;
     const u8 *vector = ring + vector_in_stage(P), *past = vector + COLUMNS(P) * 2;
     const u8* at = (SUMMED(P) && stride ? lane_vector<bits>(vector, x, lane, stride) : x) + (piece * steps(P) + first) * stride;
     // A last step may reach past the row, where the vector is zero and codes are numbers, but a scale may be none.
     const u8* end = ring + height(P) * pitch(P) + (g + 1) * scale_bytes(P) - 4;
-    wait_phase(s.full(stage), (turn + inner) / STAGES & 1);
+    wait_phase(s.full(turn.stage), turn.parity);
 #pragma unroll 1
     for (int i = first; i < steps(P); i += GROUP, w += GROUP * 128, scales += GROUP * 16, at += GROUP * stride)
       step<bits, eights>(sums, w, 8 * pitch(P), bits == 4 && scale_bytes(P) % 16 && scales > end ? end : scales,
@@ -478,11 +482,12 @@ DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int l
       for (int e = 0; e < eights; ++e) {
         if (SUMMED(P)) sums[e] = {total[e], total[e], {total[e]}};
         float y = row_sum<bits>(sums[e], lane);
-        if (t == 0) s.red(order % STAGES)[group * GROUP * HEIGHT + warp * height(P) + e * 8 + g] = y;
+        if (t == 0) s.red(order)[group * GROUP * HEIGHT + warp * height(P) + e * 8 + g] = y;
       }
     }
     __syncwarp();
-    if (lane == 0) arrive(s.done(stage));
+    if (lane == 0) arrive(s.done(turn.stage));
+    turn.next();
   } while (inner < all);
 }
 
@@ -493,7 +498,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, LEAST_BLOCKS) product
   extern __shared__ __align__(128) u8 memory[];
   const Shared s = {memory};
   const int lane = threadIdx.x & 31, warp = __shfl_sync(ALL, threadIdx.x >> 5, 0), group = warp / GROUP;
-  Cursor c = Cursor::of_block(a.own);
+  Cursor c = Cursor::of_block();
   if (warp >= WARPS) {
     const bool some = c.settle();
     if (warp == WARPS) copy(a, s, c, some);
@@ -507,14 +512,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, LEAST_BLOCKS) product
   if (VECTORS > 2) pad<V2>(x);
   __syncthreads();  // the barriers are there
   prepare(a, x);
-  u32 turn = 0, order = 0;
-  if (SINGLE) turn = order = group, c.job += group * c.stride;
+  Turn turn = {group, 0};
+  int begin = group, order = SINGLE ? group : 0;
+  if (SINGLE) c.job += group * c.stride();
 #pragma unroll 1
   for (bool left = c.settle(); left; left = c.next_job(TURN)) {
-    if (c.part == 0) consume<0>(s, c, group, warp % GROUP, lane, turn, order);
-    else if (PARTS > 1 && c.part == 1) consume<P1>(s, c, group, warp % GROUP, lane, turn, order);
-    else if (PARTS > 2) consume<P2>(s, c, group, warp % GROUP, lane, turn, order);
-    turn += SINGLE ? GROUPS : c.stages();
+    if (c.part == 0) consume<0>(s, c, group, warp % GROUP, lane, turn, begin, order);
+    else if (PARTS > 1 && c.part == 1) consume<P1>(s, c, group, warp % GROUP, lane, turn, begin, order);
+    else if (PARTS > 2) consume<P2>(s, c, group, warp % GROUP, lane, turn, begin, order);
+    begin = (begin - c.stages()) & (GROUPS - 1);
     order += TURN;
+    if (order >= STAGES) order -= STAGES;
   }
 }
