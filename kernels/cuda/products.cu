@@ -451,21 +451,22 @@ DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int l
   int inner = SINGLE ? 0 : begin;
   if (!SINGLE && inner >= all) return;
   int stride, first = (warp + c.job) % GROUP;  // the last steps fall to another warp each time
-  const u8 *zeros = s.memory + ZEROS, *x = lane_vector<bits>(s.memory + X + vector_at(VECTOR(P)), zeros, lane, stride);
+  const int x = lane_vector<bits>(X + vector_at(VECTOR(P)), ZEROS, lane, stride);
 #pragma unroll 1
   do {
     const int copy = SUMMED(P) ? inner / pieces(P) : 0, piece = SUMMED(P) ? inner % pieces(P) : inner;
-    const u8* ring = s.ring(turn.stage);
-    const u8 *w = ring + g * pitch(P) + t * 16 + first * 128, *scales = ring + height(P) * pitch(P) + g * scale_bytes(P) + t * 4 + first * 16;
-    const u8 *vector = ring + vector_in_stage(P), *past = vector + COLUMNS(P) * 2;
-    const u8* at = (SUMMED(P) && stride ? lane_vector<bits>(vector, x, lane, stride) : x) + (piece * steps(P) + first) * stride;
+    const int ring = RING + turn.stage * STAGE, all_scales = ring + height(P) * pitch(P);
+    const int vector = ring + vector_in_stage(P), past = vector + COLUMNS(P) * 2;
+    int w = ring + g * pitch(P) + t * 16 + first * 128, scales = all_scales + g * scale_bytes(P) + t * 4 + first * 16;
+    int at = (SUMMED(P) ? lane_vector<bits>(vector, ZEROS, lane, stride) : x) + (piece * steps(P) + first) * stride;
     // A last step may reach past the row, where the vector is zero and codes are numbers, but a scale may be none.
-    const u8* end = ring + height(P) * pitch(P) + (g + 1) * scale_bytes(P) - 4;
+    const int end = all_scales + (g + 1) * scale_bytes(P) - 4;
+    constexpr bool odd_scales = bits == 4 && scale_bytes(P) % 16, odd_vector = SUMMED(P) && COLUMNS(P) % columns_of(bits);
     wait_phase(s.full(turn.stage), turn.parity);
 #pragma unroll 1
     for (int i = first; i < steps(P); i += GROUP, w += GROUP * 128, scales += GROUP * 16, at += GROUP * stride)
-      step<bits, eights>(sums, w, 8 * pitch(P), bits == 4 && scale_bytes(P) % 16 && scales > end ? end : scales,
-                         8 * scale_bytes(P), SUMMED(P) && stride && at >= past ? zeros : at);
+      step<bits, eights>(sums, s.memory + w, 8 * pitch(P), s.memory + (odd_scales ? min(scales, end) : scales),
+                         8 * scale_bytes(P), s.memory + (odd_vector && stride && at >= past ? ZEROS : at));
     if (SUMMED(P)) {
       wait_phase(s.weighted(), 0);
       const float factor = s.weights()[copy];

@@ -47,8 +47,9 @@ struct Sums {
   float a, b, c[4], d[4];
 };
 
-// Where a lane reads the vector of a step, and how far the next step's is; zeros where its column is none.
-template <int BITS> DEVICE const u8* lane_vector(const u8* x, const u8* zeros, int lane, int& stride) {
+// Where a lane reads the vector of a step, and how far the next step's is; zeros where its column is none. Places in
+// shared memory are numbers: the compiler computes pointers in 64 bits.
+template <int BITS> DEVICE int lane_vector(int x, int zeros, int lane, int& stride) {
   int g = lane >> 2, t = lane & 3, half;
   stride = columns_of(BITS) * 2;
   if (BITS == 32) return x + t * 8;
