@@ -450,7 +450,7 @@ DEVICE void consume(const Shared& s, const Cursor& c, int group, int warp, int l
   float total[eights] = {};
   int inner = SINGLE ? 0 : begin;
   if (!SINGLE && inner >= all) return;
-  int stride, first = (warp + c.job) % GROUP;  // the last steps fall to another warp each time
+  int stride, first = (warp + c.job) & (GROUP - 1);  // the last steps fall to another warp each time
   const int x = lane_vector<bits>(X + vector_at(VECTOR(P)), ZEROS, lane, stride);
 #pragma unroll 1
   do {
