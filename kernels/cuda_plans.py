@@ -113,7 +113,7 @@ MEASURED: dict[int, dict[tuple[str, int, int], tuple[Cut, *tuple[int, ...]]]] = 
         ("front", 16, 4096): (Cut(1, 4, 8), 1),
         ("up", 4, 3712): (Cut(2, 6, 8), 1),
         ("up", 4, 5376): (Cut(1, 3, 8), 2),
-        ("up", 8, 5376): (Cut(1, 3, 8), 1),
+        ("up", 8, 5376): (Cut(1, 3, 8), 2),
         ("up", 16, 5376): (Cut(1, 3, 8), 1),
         ("down", 4, 1856): (Cut(4, 8), 1),
         ("down", 4, 2688): (Cut(2, 4), 1),
@@ -122,8 +122,8 @@ MEASURED: dict[int, dict[tuple[str, int, int], tuple[Cut, *tuple[int, ...]]]] = 
         ("head", 16, 4096): (Cut(2, 6, 8), 1),
     }
 }
-"""Of a chip's major number: for a role, and the first part's bits and columns, the fastest cut, and how many eights of
-rows the jobs of its first parts have.
+"""Of a chip's major number: for a role, and the first part's bits and columns, the fastest cut, and how many eights
+of rows the jobs of its first parts have.
 
 H200, 2026-11-30, chains of layers as in tests/gpu_cuda.py, one after another changed until nothing gained.
 """

@@ -3,6 +3,7 @@
 A case's arguments come from torch's random state, so that a seed gives each backend the same ones.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,7 +71,8 @@ class Subject:
 
     Attributes:
         config: the model's geometry.
-        formats: (field, bits, shape of one matrix) of its linear weights, each distinct one once.
+        formats: (field, bits, shape of one matrix) of its linear weights, each distinct one once; of a field's the
+            most common first, which is timed where only one is.
         gate: the router's type.
         experts: the routed experts, as backends see them.
         device, dtype, kv_dtype: where, and the types of activations and cache.
@@ -95,13 +97,15 @@ class Subject:
     ) -> "Subject":
         """A model on a device."""
         linear = (item for item in manifest.items if item.entry.is_linear)
-        formats = {(item.entry.field, _BITS[item.format], item.entry.shape(config)): None for item in linear}
+        counts = Counter((item.entry.field, _BITS[item.format], item.entry.shape(config)) for item in linear)
+        fields = list(dict.fromkeys(field for field, _, _ in counts))
+        formats = sorted(counts, key=lambda own: (fields.index(own[0]), -counts[own]))
         gates = [item.parts[0].dtype for item in manifest.items if item.entry.field == "gate"]
         gate = DTYPES[gates[0]] if gates else torch.float32
         return cls(config, tuple(formats), gate, expert_facts(config, manifest), device, dtype, kv_dtype)
 
     def bits(self, field: str) -> list[int]:
-        """Of a field's weights, over the layers."""
+        """Of a field's weights, over the layers, the most common first."""
         return list(dict.fromkeys(bits for name, bits, _ in self.formats if name == field))
 
     def tokens(self, count: int, width: int) -> Tensor:
