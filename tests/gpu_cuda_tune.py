@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python tests/gpu_cuda_tune.py SHAPE [SECONDS]
 
-Launches in a chain overlap, so a cut is judged by the time of a whole chain: a Mamba layer and a mixture, attention
-and its projections, the head. One launch's cut after another is changed until nothing gains, or so many seconds (60)
-have passed.
+Launches in a chain overlap, so a cut is judged by the time of a whole chain: a Mamba layer and a mixture,
+attention and its projections, the head. One launch's cut after another is changed until nothing gains, or so many
+seconds (60) have passed.
 """
 
 import sys
