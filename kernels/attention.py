@@ -8,17 +8,24 @@ from torch import Tensor
 _FP8_MAX = 448.0
 
 
+TICKETS = 8
+"""Of a KV head."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerKV:
     """One attention layer's pages: k and v [pages, page_size, kv_heads, head_dim].
 
     The scales are 1.0 unless the cache is FP8 and the checkpoint was calibrated: value = stored * scale.
+    ``tickets`` is int32 [kv_heads, `TICKETS`], zero between launches: a kernel's clusters count themselves here, so
+    that the last one adds up what all have. One launch at a time needs them; without any, a call makes its own.
     """
 
     k: Tensor
     v: Tensor
     k_scale: float = 1.0
     v_scale: float = 1.0
+    tickets: Tensor | None = None
 
 
 def kv_append(k: Tensor, v: Tensor, cache: LayerKV, page_table: Tensor, positions: Tensor) -> None:

@@ -2,15 +2,14 @@
 
 import ctypes
 import math
-from functools import cache as kept
 
 import torch
 from torch import Tensor
 
 from nanoserve.kernels import nvrtc, triton_attention
-from nanoserve.kernels.attention import LayerKV
+from nanoserve.kernels.attention import TICKETS, LayerKV
 
-SIZE, MOST, THREADS, CLUSTER = 128, 16, 256, 8
+SIZE, MOST, THREADS, CLUSTER = 128, 16, 256, TICKETS
 """Of a head, query heads of a KV head at most, and a block and a cluster of blocks: the kernel's."""
 BLOCKS = 128
 """Of the launch, over all KV heads: about as many as the largest chip has multiprocessors."""
@@ -50,9 +49,12 @@ def attention_decode(
     stats = torch.empty((kv_heads, clusters, MOST, 2), device=q.device)
     sums = torch.empty((kv_heads, clusters, MOST, size), device=q.device)
     out = torch.empty((1, heads, size), dtype=q.dtype, device=q.device)
+    tickets = cache.tickets
+    if tickets is None:
+        tickets = torch.zeros((kv_heads, TICKETS), dtype=torch.int32, device=q.device)
     tensors = (
         q.contiguous(), k.contiguous(), v.contiguous(), cache.k, cache.v, page_table, positions,
-        sums, stats, _tickets(kv_heads, q.device), out,
+        sums, stats, tickets, out,
     )  # fmt: skip
     pointers = {name: tensor.data_ptr() for name, tensor in zip(POINTERS, tensors, strict=True)}
     scale = cache.k_scale * math.log2(math.e) / math.sqrt(size)
@@ -67,9 +69,3 @@ def shared_bytes(fp8: bool) -> int:
     pitch, stages, chunk = SIZE * value, 2, 128 // value
     rows = MOST * (SIZE * 2 + 16 + chunk * 4 + 16 + 4)  # queries, scores, and what a chunk shrinks
     return (stages * chunk + 1) * 2 * pitch + rows + MOST * (SIZE + 2) * 4 + 16
-
-
-@kept
-def _tickets(kv_heads: int, device: torch.device) -> Tensor:
-    """How many clusters are ready, of each block's queries; zeros again after each launch, one behind another."""
-    return torch.zeros((kv_heads, CLUSTER), dtype=torch.int32, device=device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanoserve.kernels import mamba
-from nanoserve.kernels.attention import LayerKV
+from nanoserve.kernels.attention import TICKETS, LayerKV
 from nanoserve.kernels.fused import Norm
 from nanoserve.kernels.linear import Fp8, Nvfp4, Plain, Weight
 from nanoserve.kernels.mamba import MambaState, MambaWeights
@@ -96,7 +96,8 @@ def attention_inputs(
     heads, kv_heads, dim = sizes
     used = -(-length // 16)
     k, v = (torch.randn((used + 3, 16, kv_heads, dim), device=device).clamp(-3, 3).to(kv) for _ in range(2))
-    cache = LayerKV(k, v, 0.5, 0.25) if kv == FP8 else LayerKV(k, v)
+    tickets = torch.zeros((kv_heads, TICKETS), dtype=torch.int32, device=device)
+    cache = LayerKV(k, v, *((0.5, 0.25) if kv == FP8 else (1.0, 1.0)), tickets)
     pages = torch.randperm(used + 3, device=device)[:used].int()
     q = torch.randn((count, heads, dim), device=device).to(dtype)
     return q, cache, pages, torch.arange(length - count, length, device=device)

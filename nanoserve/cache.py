@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nanoserve.kernels.attention import LayerKV
+from nanoserve.kernels.attention import TICKETS, LayerKV
 from nanoserve.kernels.mamba import MambaState
 from nanoserve.models.config import NemotronHConfig
 
@@ -100,6 +100,9 @@ class Cache:
         mamba = len(config.layers("M"))
         pool = (shape.pages * shape.slots, shape.page_size, config.kv_heads, config.head_dim)
         fp8 = shape.kv_dtype == torch.float8_e4m3fn
+        tickets = torch.zeros(
+            (config.kv_heads, TICKETS), dtype=torch.int32, device=device
+        )  # of one layer at a time
         return cls(
             shape=shape,
             kv=tuple(
@@ -107,6 +110,7 @@ class Cache:
                     torch.zeros(pool, dtype=shape.kv_dtype, device=device),
                     torch.zeros(pool, dtype=shape.kv_dtype, device=device),
                     *(scales if fp8 else (1.0, 1.0)),
+                    tickets,
                 )
                 for scales in kv_scales
             ),

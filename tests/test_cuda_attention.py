@@ -5,7 +5,7 @@ import torch
 from cuda_on_cpu import HAS_COMPILER, Machine
 
 from nanoserve.kernels import cuda_attention, nvrtc, triton_attention
-from nanoserve.kernels.attention import LayerKV, attention_decode
+from nanoserve.kernels.attention import TICKETS, LayerKV, attention_decode
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed: CUDA C++ is not run on the CPU")
 
@@ -27,14 +27,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         machine.tensors = [*machine.tensors, made]
         return made
 
-    def tickets(kv_heads: int, device: object) -> torch.Tensor:
-        made = kept[kv_heads]
-        machine.tensors = [*machine.tensors, made]
-        return made
-
-    kept = {kv_heads: torch.zeros((kv_heads, cuda_attention.CLUSTER), dtype=torch.int32) for kv_heads in (1, 2, 3)}
     monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(cuda_attention, "_tickets", tickets)
     return machine
 
 
@@ -73,14 +66,15 @@ def check(machine: Machine, dtype: torch.dtype, heads: int, kv_heads: int, posit
     want_cache = LayerKV(begun[0].clone(), begun[1].clone(), *scales)
     want = attention_decode(q.clone(), k, v, want_cache, table, positions)
     outs: list[torch.Tensor] = []
+    tickets = torch.zeros((kv_heads, TICKETS), dtype=torch.int32)
     for seed in (0, 3, 4):
-        cache = LayerKV(begun[0].clone(), begun[1].clone(), *scales)
+        cache = LayerKV(begun[0].clone(), begun[1].clone(), *scales, tickets)
         machine.seed, machine.apart, machine.late = seed, seed == 4, [q, k, v]
-        machine.tensors = [q, k, v, cache.k, cache.v, table, positions]
+        machine.tensors = [q, k, v, cache.k, cache.v, table, positions, tickets]
         outs.append(cuda_attention.attention_decode(q, k, v, cache, table, positions))
         for got, expected in ((cache.k, want_cache.k), (cache.v, want_cache.v)):
             assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
-    assert not cuda_attention._tickets(kv_heads, q.device).any()  # pyright: ignore[reportPrivateUsage]
+    assert not tickets.any()
     error = (outs[0].float() - want.float()).norm() / want.float().norm()
     assert error < 4e-3, error
     assert all(torch.equal(out, outs[0]) for out in outs)
