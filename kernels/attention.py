@@ -17,8 +17,8 @@ class LayerKV:
     """One attention layer's pages: k and v [pages, page_size, kv_heads, head_dim].
 
     The scales are 1.0 unless the cache is FP8 and the checkpoint was calibrated: value = stored * scale.
-    ``tickets`` is int32 [kv_heads, `TICKETS`], zero between launches: a kernel's clusters count themselves here, so
-    that the last one adds up what all have. One launch at a time needs them; without any, a call makes its own.
+    ``tickets`` is int32 [kv_heads, `TICKETS`], zero between launches: a kernel's clusters count themselves here,
+    so that the last one adds up what all have. One launch at a time needs them; without any, a call makes its own.
     """
 
     k: Tensor

@@ -122,8 +122,8 @@ MEASURED: dict[int, dict[tuple[str, int, int], tuple[Cut, *tuple[int, ...]]]] = 
         ("head", 16, 4096): (Cut(2, 6, 8), 1),
     }
 }
-"""Of a chip's major number: for a role, and the first part's bits and columns, the fastest cut, and how many eights of
-rows the jobs of its first parts have.
+"""Of a chip's major number: for a role, and the first part's bits and columns, the fastest cut, and the eights of
+rows that the jobs of its first parts have.
 
 H200, 2026-11-30, chains of layers, one launch's cut after another until nothing gained (tests/gpu_cuda_tune.py).
 """

@@ -290,3 +290,14 @@ def test_on_a_cpu_nothing_is_calibrated(subject: Subject) -> None:
     said: list[str] = []
     assert calibrating.calibrated(subject, ops, {}, said.append) == (ops, None)
     assert not said
+
+
+def test_the_experts_are_timed_in_the_formats_that_most_layers_have() -> None:
+    """Super's first layer of experts is the only one of its kind."""
+    from nanoserve.shapes import examine_shape
+    from nanoserve.startup import subject_of
+
+    s = subject_of(examine_shape("super", EngineConfig(device="cpu")))
+    assert s.bits("shared_down")[0] == 8
+    assert set(s.bits("shared_down")) == {4, 8, 16}
+    assert s.bits("fc1") == [16, 8]
