@@ -79,8 +79,8 @@ def head(stream: Tensor, norm: Norm, weight: Weight, out: Tensor | None = None) 
 def moe_add(stream: Tensor, norm: Norm, w: MoeWeights) -> Tensor:
     """`nanoserve.kernels.fused.moe_add`: three launches, four where there is a latent.
 
-    The router, the shared expert's first product and the latent's; the choice, the shared expert's second product
-    and the experts' first; the experts' second. Of equal scores the lower expert's number is taken first.
+    The router, the shared expert's first product and the latent's, and the choice; the shared expert's second
+    product and the experts' first; the experts' second. Of equal scores the lower expert's number is taken first.
     """
     gate = Plain(w.gate)
     latent = [weight for weight in (w.latent_in, w.latent_out) if weight]

@@ -131,9 +131,9 @@ H200, 2026-11-30, chains of layers, one launch's cut after another until nothing
 
 @cache
 def fitted(plan: Plan, major: int) -> tuple[Plan, Cut]:
-    """A launch as a chip takes it best: as measured, or else so that the next one has room beside it.
+    """A launch as a chip takes it best: as measured, or else by a rule.
 
-    The next one's weights are then on their way before its turn has come.
+    Where two launches have room beside each other, the next one's weights are on their way before it is its turn.
     """
     room, first = shared_room(major), plan.parts[0]
     found = MEASURED.get(major, {}).get((role(plan), first.bits, first.columns))
@@ -143,7 +143,8 @@ def fitted(plan: Plan, major: int) -> tuple[Plan, Cut]:
         other = replace(plan, parts=(*parts, *plan.parts[len(tall) :]))
         if other.shared(measured) <= room:
             return other, measured
-    # On Hopper launches may take most of a multiprocessor (measured); on SM12x, which no card has shown, half.
+    # On Hopper a launch may take most of a multiprocessor (measured); on SM12x, which no card has shown, half, and
+    # leave the next one room.
     most = room - 23 * RESERVED if major == 9 else (room + RESERVED) // 2 - RESERVED
     for limit, groups, stages in (
         (most, 2, 6),

@@ -153,16 +153,21 @@ class Plan:
 
     def own(self, blocks: int) -> int:
         """Of so many blocks, how many take the router's jobs alone, so that it is soon done; 0: all share."""
-        if self.router is None or self.router.chosen != "here" or blocks < 2 or len(self.parts) < 2:
-            return 0
-        gate, others = self.parts[0], self.parts[1:]
-        cost = sum(_jobs(part) * _job_bytes(part) for part in others) / sum(_jobs(part) for part in others)
+        return _own(self, blocks)
 
-        def loads(own: int) -> tuple[float, float]:
-            router = -(-_jobs(gate) // own) * _job_bytes(gate)
-            return max(router, -(-(self.jobs - _jobs(gate)) // (blocks - own)) * cost), router
 
-        return min(range(1, min(_jobs(gate), blocks - 1) + 1), key=loads)
+@cache
+def _own(plan: Plan, blocks: int) -> int:
+    if plan.router is None or plan.router.chosen != "here" or blocks < 2 or len(plan.parts) < 2:
+        return 0
+    gate, others, rest = plan.parts[0], plan.parts[1:], plan.jobs - _jobs(plan.parts[0])
+    cost = sum(_jobs(part) * _job_bytes(part) for part in others) / rest
+
+    def loads(own: int) -> tuple[float, float]:
+        router = -(-_jobs(gate) // own) * _job_bytes(gate)
+        return max(router, -(-rest // (blocks - own)) * cost), router
+
+    return min(range(1, min(_jobs(gate), blocks - 1) + 1), key=loads)
 
 
 def _jobs(part: Part) -> int:
@@ -180,6 +185,8 @@ def _up_to(value: int, whole: int) -> int:
 def _stage_bytes(part: Part, longest: int) -> int:
     row = part.columns * part.bits // 8
     pieces = 1 if part.bits == 4 else -(-row // longest)
+    if pieces > 1 and row % 128:
+        raise ValueError(f"a row of {row} bytes is not whole steps, and no pieces can be made of it")
     while pieces > 1 and row % (pieces * 128):
         pieces += 1
     piece = row // pieces

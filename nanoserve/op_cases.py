@@ -97,9 +97,9 @@ class Subject:
     ) -> "Subject":
         """A model on a device."""
         linear = (item for item in manifest.items if item.entry.is_linear)
-        counts = Counter((item.entry.field, _BITS[item.format], item.entry.shape(config)) for item in linear)
-        fields = list(dict.fromkeys(field for field, _, _ in counts))
-        formats = sorted(counts, key=lambda own: (fields.index(own[0]), -counts[own]))
+        each = [(item.entry.field, _BITS[item.format], item.entry.shape(config)) for item in linear]
+        fields, counts = list(dict.fromkeys(field for field, _, _ in each)), Counter(own[:2] for own in each)
+        formats = sorted(dict.fromkeys(each), key=lambda own: (fields.index(own[0]), -counts[own[:2]]))
         gates = [item.parts[0].dtype for item in manifest.items if item.entry.field == "gate"]
         gate = DTYPES[gates[0]] if gates else torch.float32
         return cls(config, tuple(formats), gate, expert_facts(config, manifest), device, dtype, kv_dtype)

@@ -2,7 +2,7 @@
 // this, without its functions of inline assembly, which are here (see cuda_on_cpu.py).
 //
 // What may come late comes late: copies to shared memory, and what the launch in front wrote, only when nobody
-// can go on without; an odd seed lets copies come at once. A seed above 1 also draws who runs first. Memory that nobody wrote holds NaN. What a GPU leaves undefined is a fault where it is seen here.
+// can go on without (but for what another block sends); an odd seed lets copies come at once. A seed above 1 also draws who runs first. Memory that nobody wrote holds NaN. What a GPU leaves undefined is a fault where it is seen here.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -495,7 +495,9 @@ inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote
 inline void wait_for_producers() {
   if (!machine::produced) machine::stay(machine::producer_waiting, "wait_for_producers");
 }
-inline void let_next_begin() {}
+inline void let_next_begin() {  // kernels read before they wait what the launch before the one in front wrote
+  if (!machine::produced) machine::fault("the next launch may begin before this one has waited");
+}
 
 inline void begin_barrier(machine::word* barrier, unsigned arrivals) {
   machine::Block& block = machine::own();

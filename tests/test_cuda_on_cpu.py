@@ -46,6 +46,9 @@ BODIES = {
     "a copy of 120 bytes": COPY.replace("128, barrier", "120, barrier"),
     "out of any tensor": COPY.replace("a.from, 128", "a.from + 4, 128"),
     "nobody waited": COPY.replace("wait_for_producers();", ""),
+    "before this one has waited": COPY.replace(
+        "wait_for_producers();", "let_next_begin();\n  wait_for_producers();"
+    ),
     "out of shared memory": COPY.replace("copy_bulk(x,", "copy_bulk(x + 4,"),
     "mma meets __syncwarp": "if (t < 16) __syncwarp(); else { float c[4] = {}; mma(c, 0, 0, 0, 0, 0, 0); }",
     "not aligned, or null": "a.to[0] = *(const float*)(memory + 1);",

@@ -258,15 +258,14 @@ def test_a_matrix_of_tall_jobs(machine: Machine, bits: int, columns: int, eights
 
 
 @pytest.mark.parametrize("eights", EIGHTS)
-def test_parts_of_tall_jobs(machine: Machine, eights: int) -> None:
+@pytest.mark.parametrize("cut", [Cut(2, 6), Cut(1, 3, 8)])
+def test_parts_of_tall_jobs(machine: Machine, eights: int, cut: Cut) -> None:
     """Of experts, next to a matrix of jobs that are less tall; and their sum."""
     up = Part(4, 52, 192, to="SQUARED", copies=3, eights=eights)
     vectors = (Vector(4, 192, normed=True), Vector(8, 320, source=1))
-    check(machine, Plan((Part(8, 50, 320, vector=1), up), vectors, Router(24, 3, True, "in front")), Cut(2, 6))
+    check(machine, Plan((Part(8, 50, 320, vector=1), up), vectors, Router(24, 3, True, "in front")), cut)
     down = Part(4, 84, 448, to="STREAM", copies=5, summed=True, eights=eights)
-    check(
-        machine, Plan((down,), (Vector(4, 448, none=True),), Router(24, 5, True, "before")), Cut(2, 4), addend=True
-    )
+    check(machine, Plan((down,), (Vector(4, 448, none=True),), Router(24, 5, True, "before")), cut, addend=True)
 
 
 @pytest.mark.parametrize("addend", [False, True])
@@ -323,6 +322,7 @@ CHOICES = [
     (512, 22, True, Cut(1, 3)),
     (8, 2, False, Cut(4, 4)),
     (40, 32, True, Cut(1, 2)),
+    (128, 6, True, Cut(2, 6, 8)),
 ]
 
 
@@ -361,6 +361,7 @@ def test_experts_chosen_before(machine: Machine, bits: int, columns: int) -> Non
         (16, 1536, 3, Cut(2, 6)),
         (32, 1024, 2, Cut(4, 4)),
         (4, 1856, 6, Cut(1, 3)),
+        (4, 448, 6, Cut(2, 6, 8)),
     ],
 )
 def test_summed_experts(machine: Machine, bits: int, columns: int, top_k: int, cut: Cut) -> None:

@@ -5,8 +5,10 @@
 // dimensions of the values. What the blocks of a cluster have is put together in one another's shared memory, two
 // queries a block; what several clusters have, by the last of them to be ready.
 //
-// Who calls this has one launch in front that makes q, k and v. Every launch waits for the one in front before it lets
-// the next begin: what lies in the cache already is older than that, and comes to shared memory before the wait.
+// Who calls this has one launch in front that makes q, k and v, which waits for what is in front of it before it lets
+// this one begin: what lies in the cache already is older than that, and comes to shared memory before the wait. (One of
+// Triton's in front does not wait first. Then the cache is old enough because a step begins with launches that do not
+// overlap at all.)
 //
 // FP8 values are BF16 times 2^-120 (see step.cuh), so queries and probabilities are times 2^64.
 //
@@ -23,7 +25,7 @@ constexpr float UP_KV = FP8 ? UP : 1.0f, DOWN_KV = down_of(FP8 ? 8 : 16);
 static_assert(GROUP <= ROWS && OWN * DIM == THREADS && WARPS * 16 == DIM && CLUSTER * OWN == ROWS, "");
 
 // Shared memory. Eight rows' sixteens of bytes are of different banks: pitches are odd in sixteens, and of keys and
-// values sixteen c of row r lies at c ^ (r % 8). On Hopper it leaves room for products.cu's 140 KiB.
+// values sixteen c of row r lies at c ^ (r % 8). On Hopper it leaves room for 140 KiB, which the launch in front has.
 constexpr int PITCH = DIM * VALUE, QUERY = DIM * 2 + 16, SCORE = CHUNK * 4 + 16;
 constexpr int NEWEST = STAGES * 2 * CHUNK * PITCH, QUERIES = NEWEST + 2 * PITCH, SCORES = QUERIES + ROWS * QUERY;
 constexpr int SHRINK = SCORES + ROWS * SCORE, PARTS = SHRINK + ROWS * 4, STATS = PARTS + CLUSTER * OWN * DIM * 4;
@@ -87,7 +89,7 @@ DEVICE void copy_chunk(const Arguments& a, const Block& b, int at, int stage) {
 #pragma unroll
   for (int i = 0; i < TURNS; ++i) {
     page[i] = 0;
-    if (row + i * TURN < old) page[i] = a.page_table[(b.first + at + row + i * TURN) / PAGE];
+    if (row + i * TURN < old) page[i] = __ldcg(a.page_table + (b.first + at + row + i * TURN) / PAGE);
   }
 #pragma unroll
   for (int i = 0; i < TURNS; ++i) {
@@ -125,7 +127,7 @@ DEVICE void load_new(const Arguments& a, const Block& b) {
   }
   if (!owner) return;
   const int position = b.first + b.newest;
-  const u64 at = place_in(a, b.head, a.page_table[position / PAGE], position) + d * VALUE;
+  const u64 at = place_in(a, b.head, __ldcg(a.page_table + position / PAGE), position) + d * VALUE;
   u8 *near = b.memory + NEWEST + value * PITCH + d * VALUE, *far = (value ? a.v_pages : a.k_pages) + at;
   if (FP8) fresh = as_fp8(lower(fresh) / (value ? a.v_scale : a.k_scale));
   if (FP8) *near = *far = (u8)fresh;
@@ -228,7 +230,7 @@ attention(const __grid_constant__ Arguments a) {
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const int rank = blockIdx.x % CLUSTER, number = blockIdx.x / CLUSTER, cluster = number % CLUSTERS;
   const int head = number / CLUSTERS;
-  const int length = (int)*a.position + 1, eights = (length + 7) / 8;
+  const int length = (int)__ldcg(a.position) + 1, eights = (length + 7) / 8;
   const int all_blocks = CLUSTER * CLUSTERS, blocks = length <= CLUSTER * ALONE ? CLUSTER : all_blocks;
   const int share = (eights + blocks - 1) / blocks * 8, used = (length - 1) / (share * CLUSTER) + 1;
   if (cluster >= used) {
@@ -253,7 +255,7 @@ attention(const __grid_constant__ Arguments a) {
   }
 #pragma unroll 1
   for (int i = STAGES * CHUNK + tid / VALUE; i < min(b.count, STAGES * CHUNK + NEAR); i += THREADS / VALUE) {
-    const u64 from = place_in(a, head, a.page_table[(first + i) / PAGE], first + i) + tid % VALUE * 128;
+    const u64 from = place_in(a, head, __ldcg(a.page_table + (first + i) / PAGE), first + i) + tid % VALUE * 128;
     prefetch(a.k_pages + from);
     prefetch(a.v_pages + from);
   }

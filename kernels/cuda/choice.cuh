@@ -2,7 +2,7 @@
 #pragma once
 #include "machine.cuh"
 
-// In the order of the floats, and never 0.
+// In the order of the floats, and never 0 but for a NaN.
 DEVICE u32 ordered(float v) {
   u32 bits = __float_as_uint(v);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -22,7 +22,8 @@ struct alignas(16) Candidate {
 // their numbers, each count who is better. (One after the other takes eight microseconds for 22 of 512.)
 // Shared memory: `able` for COUNT, `order` for BEST.
 template <int COUNT, int BEST, bool SUM_ONE>
-DEVICE void choose(const float* logits, const float* bias, float scale, Candidate* able, int* order, int* ids, float* chosen) {
+DEVICE void choose(const float* logits, const float* bias, float scale, Candidate* able, int* order, int* ids,
+                   float* chosen) {
   constexpr int EACH = (COUNT + 31) / 32;
   static_assert(BEST <= 32 && BEST <= COUNT, "");
   const int lane = threadIdx.x & 31;
