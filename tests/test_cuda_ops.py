@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_on_cpu import HAS_COMPILER, CpuKernel, Machine
-from test_cuda_products import tensors_of, weight
+from cuda_products_checks import tensors_of, weight
 from torch import Tensor
 
 from nanoserve.kernels import cuda_ops, cuda_products, fused, nvrtc, triton_experts, triton_linear
