@@ -125,7 +125,9 @@ MEASURED: dict[int, dict[tuple[str, int, int], tuple[Cut, *tuple[int, ...]]]] = 
 """Of a chip's major number: for a role, and the first part's bits and columns, the fastest cut, and the eights of
 rows that the jobs of its first parts have.
 
-H200, 2026-11-30, chains of layers, one launch's cut after another until nothing gained (tests/gpu_cuda_tune.py).
+H200, 2026-11-30, chains of layers, one launch's cut after another until nothing gained. That was a script;
+tests/gpu_cuda_tune.py, which was made from it, has not run on a card. Those of few layers of Super were not tuned
+but taken from their neighbours: "up" of 4 and of 16 bits, "add" of 8 bits and 1,024 columns.
 """
 
 

@@ -100,9 +100,8 @@ class Cache:
         mamba = len(config.layers("M"))
         pool = (shape.pages * shape.slots, shape.page_size, config.kv_heads, config.head_dim)
         fp8 = shape.kv_dtype == torch.float8_e4m3fn
-        tickets = torch.zeros(
-            (config.kv_heads, TICKETS), dtype=torch.int32, device=device
-        )  # of one layer at a time
+        # One for all layers: a launch needs them alone.
+        tickets = torch.zeros((config.kv_heads, TICKETS), dtype=torch.int32, device=device)
         return cls(
             shape=shape,
             kv=tuple(

@@ -54,13 +54,7 @@ class _Recorder:
     seen: list[Launch] = field(default_factory=list[Launch])
 
     def load(
-        self,
-        name: str,
-        defines: dict[str, str],
-        threads: int,
-        shared: int,
-        device: torch.device,
-        function: str = "",
+        self, name: str, defines: dict[str, str], threads: int, shared: int, device: torch.device
     ) -> "_Recorder":
         self.seen.append(Launch(name, tuple(defines.items()), threads, shared))
         return self
