@@ -13,7 +13,7 @@ SIZE, MOST, THREADS, CLUSTER = 128, 16, 256, TICKETS
 """Of a head, query heads of a KV head at most, and a block and a cluster of blocks: the kernel's."""
 BLOCKS = 128
 """Of the launch, over all KV heads: about as many as the largest chip has multiprocessors."""
-ALONE = 512
+ALONE = 256
 """Positions of a block, up to which a KV head has one cluster: adding up several takes time, too.
 
 On an H200 one cluster is 2 us faster than eight at 2,560 positions, and 0.4 us slower at 3,100: 384 is worth a

@@ -82,12 +82,16 @@ class Cut:
     Attributes:
         groups, stages, warps: groups of so many warps, which share a stage; stages of the ring.
         longest: bytes of a row that are copied at once, but for codes.
+        in_flight: stages that are on their way at once while the ring is filled; 0: all.
+        paced: later, too.
     """
 
     groups: int = 2
     stages: int = 4
     warps: int = 4
     longest: int = 4096
+    in_flight: int = 0
+    paced: bool = False
 
     @property
     def threads(self) -> int:
@@ -115,6 +119,8 @@ class Plan:
             "GROUP": str(cut.warps),
             "STAGES": str(cut.stages),
             "LONGEST": str(cut.longest),
+            "IN_FLIGHT": str(cut.in_flight),
+            "PACED": str(int(cut.paced)),
             "PARTS": str(len(p)),
             "EIGHTS_OF": of([x.eights for x in p]),
             "BITS_OF": of([x.bits for x in p]),
@@ -193,7 +199,8 @@ def _stage_bytes(part: Part, longest: int) -> int:
     pitch = piece if pieces == 1 else _up_to(piece, 128) + 64
     scales = part.columns // 16 if part.bits == 4 else 0
     vector = _up_to(part.columns * 2, 128) if part.summed else 0
-    return _up_to(8 * part.eights * (pitch + scales) + 128, 128) + vector
+    beyond = 128 if part.bits == 4 or piece % 128 else 0  # what a last step may read
+    return _up_to(8 * part.eights * (pitch + scales) + beyond, 128) + vector
 
 
 class _Part(ctypes.Structure):
@@ -263,12 +270,19 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def defines(plan: Plan, cut: Cut, device: torch.device) -> dict[str, str]:
+    """What products.cu is given on a device."""
+    return {**plan.defines(cut), "OWN": str(plan.own(_blocks(plan, device)))}
+
+
+def _blocks(plan: Plan, device: torch.device) -> int:
+    return min(plan.jobs, _multiprocessors(device))
+
+
 def run(plan: Plan, weights: tuple[Weight, ...], outs: tuple[Tensor, ...], inputs: Inputs, cut: Cut) -> None:
     """Launch a plan: ``outs`` are set to the parts' results."""
     device = outs[0].device
-    blocks = min(plan.jobs, _multiprocessors(device))
-    defines = {**plan.defines(cut), "OWN": str(plan.own(blocks))}
-    kernel = nvrtc.load("products.cu", defines, cut.threads, plan.shared(cut), device)
+    kernel = nvrtc.load("products.cu", defines(plan, cut, device), cut.threads, plan.shared(cut), device)
     arguments = _Arguments(eps=inputs.eps, scale=inputs.scale)
     for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
         arguments.parts[i] = _Part(*_pointers(weight, out))
@@ -277,4 +291,4 @@ def run(plan: Plan, weights: tuple[Weight, ...], outs: tuple[Tensor, ...], input
     for name in POINTERS:
         tensor: Tensor | None = getattr(inputs, name)
         setattr(arguments, name, tensor.data_ptr() if tensor is not None else None)
-    kernel.launch(blocks, arguments, device)
+    kernel.launch(_blocks(plan, device), arguments, device)

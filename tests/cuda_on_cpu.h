@@ -536,6 +536,9 @@ inline void copy_bulk(void* to, const void* from, unsigned bytes, machine::word*
   b.last = c;
   if (machine::seed & 1) machine::deliver(b);
 }
+inline void copy_passing(void* to, const void* from, unsigned bytes, machine::word* barrier) {
+  copy_bulk(to, from, bytes, barrier);
+}
 // Sixteens of bytes that a thread copies come when it waits for them; the rest of a sixteen is zeros.
 inline void wait_groups(int but) {
   machine::Fiber& f = *machine::now;

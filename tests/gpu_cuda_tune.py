@@ -4,13 +4,17 @@
 
 Launches in a chain overlap, so a cut is judged by the time of a whole chain: a Mamba layer and a mixture,
 attention and its projections, the head. One launch's cut after another is changed until nothing gains, or so many
-seconds (60) have passed.
+seconds (60) have passed: first ring and rows, then how many copies are on their way. All cuts of a launch are compiled
+at once, by as many threads as the host has processors: one takes longer to compile than a chain to time.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 
 import torch
@@ -19,7 +23,7 @@ from gpu_inputs import random_weight
 from torch import Tensor
 
 from nanoserve.errors import NanoserveError
-from nanoserve.kernels import cuda_attention, cuda_ops, cuda_plans
+from nanoserve.kernels import cuda_attention, cuda_ops, cuda_plans, cuda_products, nvrtc
 from nanoserve.kernels.attention import LayerKV
 from nanoserve.kernels.cuda_products import Cut, Plan
 
@@ -52,29 +56,32 @@ class Tuning:
         table: of a chip, as in `cuda_plans.MEASURED`; changed in place.
         chain: its time in microseconds; it raises where a cut does not fit.
         until: `time.monotonic` at which it ends.
-        seen: the launches of the chain.
+        seen: the launches of the chain, and the cuts that they have.
     """
 
     table: dict[Key, Choice]
     chain: Callable[[], float]
     until: float
-    seen: dict[Key, Plan] = field(default_factory=dict[Key, Plan])
+    seen: dict[Key, tuple[Plan, Cut]] = field(default_factory=dict[Key, tuple[Plan, Cut]])
 
     def run(self) -> float:
         """Change cuts until nothing gains; the chain's time with the best."""
-        best = self.time()
-        for plan in list(self.seen.values()):
-            print(f"  {key_of(plan)}: {len(list(candidates(plan)))} cuts", flush=True)
-        last = float("inf")
+        best, last = self.time(), float("inf")
         while best < last - GAIN and time.monotonic() < self.until:
             last = best
-            for key, plan in list(self.seen.items()):
-                best = self._one(key, plan, best)
+            for key, (plan, _) in list(self.seen.items()):
+                best = self._try(key, list(rings(plan)), best)
+                best = self._try(key, list(flights(self._choice(key))), best)
         return best
 
-    def _one(self, key: Key, plan: Plan, best: float) -> float:
+    def _choice(self, key: Key) -> Choice:
+        plan, cut = self.seen[key]
+        return self.table.get(key) or (cut, *(part.eights for part in plan.parts))
+
+    def _try(self, key: Key, choices: list[Choice], best: float) -> float:
         kept = self.table.get(key)
-        for choice in candidates(plan):
+        self._compile(key, choices)
+        for choice in choices:
             if time.monotonic() > self.until:
                 break
             self.table[key] = choice
@@ -87,18 +94,32 @@ class Tuning:
             self.table[key] = kept
         return best
 
+    def _compile(self, key: Key, choices: list[Choice]) -> None:
+        chip, kept, plan = torch.cuda.get_device_capability(), self.table.get(key), self.seen[key][0]
+        launches: list[tuple[Plan, Cut]] = []
+        for self.table[key] in choices:
+            cuda_plans.fitted.cache_clear()
+            launches.append(cuda_plans.fitted(plan, chip[0]))
+        self.table.pop(key)
+        if kept is not None:
+            self.table[key] = kept
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            defines = [cuda_products.defines(plan, cut, DEVICE) for plan, cut in set(launches)]
+            list(pool.map(partial(nvrtc.compiled, "products.cu", chip), defines))
+
     def time(self) -> float:
         """Of the chain as the table is; infinite where a cut does not fit. Notes the chain's launches."""
         fitted = cuda_plans.fitted
         fitted.cache_clear()
 
         def noted(plan: Plan, major: int) -> tuple[Plan, Cut]:
-            self.seen.setdefault(key_of(plan), plan)
-            return fitted(plan, major)
+            other, cut = fitted(plan, major)
+            self.seen.setdefault(key_of(plan), (plan, cut))
+            return other, cut
 
         cuda_plans.fitted = noted  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            return self.chain()
+            return min(self.chain() for _ in range(2))
         except NanoserveError:
             return float("inf")
         finally:
@@ -111,12 +132,22 @@ def key_of(plan: Plan) -> Key:
     return cuda_plans.role(plan), first.bits, first.columns
 
 
-def candidates(plan: Plan) -> Iterator[Choice]:
-    """Cuts, and eights of rows for each part."""
+def rings(plan: Plan) -> Iterator[Choice]:
+    """Cuts by their rings, and eights of rows for each part."""
     lengths = LENGTHS if any(part.bits > 4 for part in plan.parts) else LENGTHS[-1:]
     eights = [sorted({part.eights, 1, 2}) if part.columns > 1280 else [part.eights] for part in plan.parts]
-    for (groups, stages, warps), longest, own in product(SHAPES_OF_RINGS, lengths, product(*eights)):
-        yield (Cut(groups, stages, warps, longest), *own)
+    for (groups, stages, warps), longest, flight, own in product(
+        SHAPES_OF_RINGS, lengths, (0, 3), product(*eights)
+    ):
+        yield (Cut(groups, stages, warps, longest, flight), *own)
+
+
+def flights(of: Choice) -> Iterator[Choice]:
+    """The same with other numbers of copies on their way."""
+    cut, *own = of
+    for flight, paced in product(range(cut.stages), (False, True)):
+        if flight or not paced:
+            yield (replace(cut, in_flight=flight, paced=paced), *own)
 
 
 def chains(of: Layers) -> Iterator[tuple[str, Callable[[], float]]]:

@@ -12,7 +12,7 @@ from nanoserve.kernels.linear import Plain
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="g++ is not installed: CUDA C++ is not run on the CPU")
 
 CUTS = (
-    Cut(2, 4), Cut(1, 3), Cut(4, 4), Cut(1, 2, 8), Cut(2, 6, longest=1024),
+    Cut(2, 4), Cut(1, 3, in_flight=1), Cut(4, 4), Cut(1, 2, 8), Cut(2, 6, longest=1024, in_flight=2, paced=True),
     Cut(4, 12), Cut(2, 2, 8), Cut(4, 8), Cut(1, 7),
 )  # fmt: skip
 TARGETS: tuple[To, ...] = ("FLOAT", "BF16", "SQUARED", "STREAM")
@@ -116,7 +116,7 @@ def test_single_stages_of_three_parts(machine: Machine, cut: Cut) -> None:
 
 
 CHOICES = [
-    (128, 6, True, Cut(2, 4)),
+    (128, 6, True, Cut(2, 4, in_flight=2)),
     (512, 22, True, Cut(1, 3)),
     (8, 2, False, Cut(4, 4)),
     (40, 32, True, Cut(1, 2)),
@@ -156,10 +156,10 @@ def test_experts_chosen_before(machine: Machine, bits: int, columns: int) -> Non
         (4, 448, 22, Cut(4, 8)),
         (8, 320, 2, Cut(4, 4)),
         (8, 3072, 3, Cut(2, 2)),
-        (16, 1536, 3, Cut(2, 6)),
+        (16, 1536, 3, Cut(2, 6, in_flight=1)),
         (32, 1024, 2, Cut(4, 4)),
         (4, 1856, 6, Cut(1, 3)),
-        (4, 448, 6, Cut(2, 6, 8)),
+        (4, 448, 6, Cut(2, 6, 8, in_flight=4, paced=True)),
     ],
 )
 def test_summed_experts(machine: Machine, bits: int, columns: int, top_k: int, cut: Cut) -> None:
@@ -192,7 +192,11 @@ def test_results_and_vectors_that_are_ready(machine: Machine, bits: int, columns
     experts = Part(bits, 64, columns, to="SQUARED", copies=3, ready=bits, eights=eights)
     check(machine, Plan((experts,), (Vector(bits, columns, ready=True),), Router(9, 3, True, "before")), Cut(4, 4))
     down = Part(bits, 64, columns, copies=3, summed=True, ready=bits, eights=eights)
-    check(machine, Plan((down,), (Vector(bits, columns, none=True),), Router(9, 3, False, "in front")), Cut(2, 2))
+    check(
+        machine,
+        Plan((down,), (Vector(bits, columns, none=True),), Router(9, 3, False, "in front")),
+        Cut(2, 2, in_flight=1, paced=True),
+    )
 
 
 def mixture(experts: int, top_k: int, eights: int, latent: bool) -> tuple[Plan, Plan, Plan]:
@@ -218,5 +222,5 @@ def test_launches_of_a_mixture(machine: Machine, experts: int, top_k: int, eight
     for apart in (False, True):
         machine.apart = apart
         check(machine, front, Cut(2, 6))
-        check(machine, up, Cut(2, 2))
+        check(machine, up, Cut(2, 2, in_flight=1, paced=True))
         check(machine, down, Cut(2, 4), addend=not latent)

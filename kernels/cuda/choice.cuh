@@ -16,28 +16,35 @@ struct alignas(16) Candidate {
   float score;  // sigmoid(logit)
 };
 
+// Of COUNT experts a lane's neighbouring ones: their biases, which come from afar.
+template <int COUNT> struct Biases {
+  static constexpr int EACH = (COUNT + 31) / 32;
+  float of[EACH];
+  DEVICE void load(const float* bias) {
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) of[j] = bias[min((int)(threadIdx.x & 31) * EACH + j, COUNT - 1)];
+  }
+};
+
 // The BEST (at most 32) of COUNT experts by sigmoid(logit) + bias, best first, of equals the lower number, and their
 // weights: sigmoid(logit), which SUM_ONE makes sum to one, times `scale`. A lane has neighbouring experts; the BEST-th
 // best of the lanes' best is at most the BEST-th best of all, so that what is less is out. The others, in the order of
 // their numbers, each count who is better. (One after the other takes eight microseconds for 22 of 512.)
 // Shared memory: `able` for COUNT, `order` for BEST.
 template <int COUNT, int BEST, bool SUM_ONE>
-DEVICE void choose(const float* logits, const float* bias, float scale, Candidate* able, int* order, int* ids,
-                   float* chosen) {
-  constexpr int EACH = (COUNT + 31) / 32;
+DEVICE void choose(const float* logits, const Biases<COUNT>& biases, float scale, Candidate* able, int* order,
+                   int* ids, float* chosen) {
+  constexpr int EACH = Biases<COUNT>::EACH;
   static_assert(BEST <= 32 && BEST <= COUNT, "");
   const int lane = threadIdx.x & 31;
-  float score[EACH], beside[EACH];
+  float score[EACH];
   u32 key[EACH], best = 0;
 #pragma unroll
-  for (int j = 0; j < EACH; ++j) {
-    const int e = min(lane * EACH + j, COUNT - 1);
-    score[j] = __ldcg(logits + e), beside[j] = bias[e];
-  }
+  for (int j = 0; j < EACH; ++j) score[j] = __ldcg(logits + min(lane * EACH + j, COUNT - 1));
 #pragma unroll
   for (int j = 0; j < EACH; ++j) {
     score[j] = sigmoid(score[j]);
-    key[j] = lane * EACH + j < COUNT ? ordered(score[j] + beside[j]) : 0;
+    key[j] = lane * EACH + j < COUNT ? ordered(score[j] + biases.of[j]) : 0;
     best = max(key[j], best);
   }
   int rank = 0;

@@ -21,12 +21,13 @@ template <int P> DEVICE void fill(const Arguments& a, const Shared& s, const Cur
   arrive_and_expect(barrier, rows * (piece_bytes(P) + scale_bytes(P)) + vector);
   const u8* from = part.weights + row * row_bytes(P) + piece * piece_bytes(P);
   if (pieces(P) == 1) {
-    copy_bulk(to, from, rows * piece_bytes(P), barrier);
+    copy_passing(to, from, rows * piece_bytes(P), barrier);
   } else {
 #pragma unroll 1
-    for (int r = 0; r < rows; ++r) copy_bulk(to + r * pitch(P), from + (u64)r * row_bytes(P), piece_bytes(P), barrier);
+    for (int r = 0; r < rows; ++r) copy_passing(to + r * pitch(P), from + (u64)r * row_bytes(P), piece_bytes(P), barrier);
   }
-  if (BITS(P) == 4) copy_bulk(to + height(P) * pitch(P), part.scales + row * scale_bytes(P), rows * scale_bytes(P), barrier);
+  constexpr int scales = scale_bytes(P);
+  if (scales) copy_passing(to + height(P) * pitch(P), part.scales + row * scales, rows * scales, barrier);
 }
 
 DEVICE void fill_next(const Arguments& a, const Shared& s, const Cursor& c, int stage) {
@@ -39,12 +40,11 @@ DEVICE void fill_next_vector(const Arguments& a, const Shared& s, const Cursor& 
   if (SUMMED(0)) fill_vector<0>(a, s, c, stage);
 }
 
-// It has nothing else to do: with results to write as well, a job took it as long as the others.
+// It has nothing else to do: with results to write as well, a job took it as long as the others. Its lane i fills the
+// i-th stage, and the lane behind them whatever comes after. So much on its way at once makes everything slow that others
+// wait for (vectors, code), so only IN_FLIGHT stages are at a time while the ring is filled, and PACED, later, too.
 DEVICE void copy(const Arguments& a, const Shared& s, const Cursor& begin, bool some) {
   const int lane = threadIdx.x & 31;
-  Cursor at = begin;
-  bool more = some;
-  int filled = 0;
   if (lane == 0) {
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i)
@@ -52,40 +52,47 @@ DEVICE void copy(const Arguments& a, const Shared& s, const Cursor& begin, bool 
     begin_barrier(s.weighted(), 1);
     publish_barriers();
   }
+  __syncthreads();
+  Cursor mine = begin;
+  bool left = some && lane <= STAGES;
+#pragma unroll 1
+  for (int i = 0; i < STAGES; ++i)
+    if (left && i < lane) left = mine.next_stage();
+  const bool fills = left && lane < STAGES, known = fills && (CHOOSE == 3 || !mine.chosen());
   const auto take_ids = [&] {
     if (lane < TOP) s.ids()[lane] = __ldcg(a.ids + lane);
     __syncwarp();
   };
+  const auto fill_ring = [&](bool these, bool whole) {  // with their vectors, or without
+#pragma unroll 1
+    for (int i = 0; i < STAGES; ++i) {
+      if (!these || i != lane) continue;
+      if (IN_FLIGHT && i >= IN_FLIGHT && (whole || !SUMMED(0))) wait_phase(s.full(i - IN_FLIGHT), 0);
+      fill_next(a, s, mine, i);
+      if (whole) fill_next_vector(a, s, mine, i);
+    }
+  };
   if (CHOOSE == 3) take_ids();
-  // What the launch in front does not decide.
-#pragma unroll 1
-  for (; more && filled < STAGES && (CHOOSE == 3 || !at.chosen()); ++filled) {
-    if (lane == 0) fill_next(a, s, at, filled);
-    more = at.next_stage();
-  }
-  __syncthreads();
+  fill_ring(known, false);  // what the launch in front does not decide
   wait_for_producers();
-  if (SUMMED(0)) {
-    Cursor again = begin;
-#pragma unroll 1
-    for (int stage = 0; stage < filled; ++stage, again.next_stage())
-      if (lane == 0) fill_next_vector(a, s, again, stage);
+  if (known) fill_next_vector(a, s, mine, lane);
+  if (CHOOSE == 2) {
+    take_ids();
+    fill_ring(fills && !known, true);
   }
-  if (CHOOSE == 2) take_ids();
-#pragma unroll 1
-  for (; more && filled < STAGES; ++filled) {
-    if (lane == 0) fill_next(a, s, at, filled), fill_next_vector(a, s, at, filled);
-    more = at.next_stage();
-  }
-  if (lane > 0) return;
+  if (lane != STAGES) return;
   let_next_begin();
   int stage = 0;
   u32 parity = 0;
 #pragma unroll 1
-  for (; more; more = at.next_stage()) {
+  for (; left; left = mine.next_stage()) {
     wait_phase(s.empty(stage), parity);
-    fill_next(a, s, at, stage);
-    fill_next_vector(a, s, at, stage);
+    if (PACED) {
+      const int other = stage - IN_FLIGHT;
+      wait_phase(s.full(other < 0 ? other + STAGES : other), other < 0 ? parity : parity ^ 1);
+    }
+    fill_next(a, s, mine, stage);
+    fill_next_vector(a, s, mine, stage);
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 }

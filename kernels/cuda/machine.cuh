@@ -40,6 +40,13 @@ DEVICE void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                :: "r"(place(to)), "l"(from), "r"(bytes), "r"(place(barrier)) : "memory");
 }
+// As `copy_bulk`, of what nobody reads again: of what the second cache holds it is the first to go.
+DEVICE void copy_passing(void* to, const void* from, u32 bytes, u64* barrier) {
+  asm volatile("{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+               "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1], %2, [%3], policy;\n}"
+               :: "r"(place(to)), "l"(from), "r"(bytes), "r"(place(barrier)) : "memory");
+}
 // How many came before; 0 again after the last. What the warp wrote before is seen by who comes later.
 DEVICE u32 take_ticket(u32* ticket, u32 last) {
   u32 before;

@@ -2,7 +2,8 @@
 // block is in its work.
 //
 // NVRTC is given: GROUPS (a power of two) of GROUP warps, STAGES (a multiple of GROUPS, so that a stage is always the
-// same group's), LONGEST (bytes of a row that are copied at once, but for codes);
+// same group's), LONGEST (bytes of a row that are copied at once, but for codes), IN_FLIGHT (stages that are on their way
+// at once while the ring is filled, or 0 for all) and PACED (also later);
 // PARTS and lists with an entry a part: EIGHTS_OF (of rows of a job: 1, 2 or 4), BITS_OF,
 // COLUMNS_OF, COPIES_OF (experts, or 1), ROWS_OF, SUMMED_OF (experts' results are added up), CHOSEN_OF (the part
 // is of experts), VECTOR_OF (which vector it reads), TO_OF (what becomes of a result), FOR_OF (bits of the weights
@@ -73,7 +74,8 @@ CONSTANT int pitch(int p) { return pieces(p) == 1 ? piece_bytes(p) : up_to(piece
 CONSTANT int steps(int p) { return up_to(piece_bytes(p), 128) / 128; }
 CONSTANT int scale_bytes(int p) { return BITS(p) == 4 ? COLUMNS(p) / 16 : 0; }  // of a row
 // A summed part's vectors, which are as many as its experts, come stage by stage with the rows.
-CONSTANT int vector_in_stage(int p) { return up_to(height(p) * (pitch(p) + scale_bytes(p)) + 128, 128); }
+CONSTANT int beyond(int p) { return BITS(p) == 4 || piece_bytes(p) % 128 ? 128 : 0; }  // what a last step may read
+CONSTANT int vector_in_stage(int p) { return up_to(height(p) * (pitch(p) + scale_bytes(p)) + beyond(p), 128); }
 CONSTANT int stage_bytes(int p) { return vector_in_stage(p) + (SUMMED(p) ? up_to(COLUMNS(p) * 2, 128) : 0); }
 CONSTANT int stage_size(int p = 0) {
   return p == PARTS ? 0 : stage_bytes(p) > stage_size(p + 1) ? stage_bytes(p) : stage_size(p + 1);
@@ -92,6 +94,7 @@ constexpr int RING = up_to(X + vector_at(VECTORS), 128), STAGE = stage_size();
 constexpr int THREADS = WARPS * 32;  // but for the warps that copy and write
 static_assert(STAGES <= 16 && STAGES % GROUPS == 0, "a stage is always the same group's");
 static_assert(GROUP >= 4 && GROUP % 4 == 0 && WARPS + 2 <= 32, "whole fours of warps, and those that copy and write");
+static_assert(IN_FLIGHT <= STAGES && (IN_FLIGHT || !PACED), "");
 static_assert(PARTS == 1 || !(SUMMED(0) || SUMMED(P1) || SUMMED(P2)), "a sum is alone");
 static_assert((!P1 || TO(P1) != TO_STREAM) && (!P2 || TO(P2) != TO_STREAM), "only the first is added to the stream");
 static_assert(CHOOSE > 1 || !(CHOSEN(0) || CHOSEN(P1) || CHOSEN(P2)), "of the chosen, who knows them");

@@ -46,6 +46,11 @@ DEVICE void write(const Arguments& a, const Shared& s, const Cursor& begin, bool
 #pragma unroll
   for (int p = 0; p < PARTS; ++p)
     if (BITS(p) < 16 && !CHOSEN(p)) factors[p] = *a.parts[p].factors;
+#if CHOOSE == 1
+  const int routers = min(FIRST_JOBS, OWN ? OWN : (int)gridDim.x);
+  Biases<EXPERTS> biases;
+  if (blockIdx.x < routers) biases.load(a.bias);
+#endif
   __syncthreads();
 #if CHOOSE > 1
   constexpr int of = CHOSEN(P2) ? P2 : CHOSEN(P1) ? P1 : 0;
@@ -87,7 +92,6 @@ DEVICE void write(const Arguments& a, const Shared& s, const Cursor& begin, bool
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 #if CHOOSE == 1
-  const int routers = min(FIRST_JOBS, OWN ? OWN : (int)gridDim.x);
   if (blockIdx.x >= routers) return;
   __syncwarp();  // all lanes have written their logits
   const u32 before = __shfl_sync(ALL, lane == 0 ? take_ticket(a.ticket, routers - 1) : 0, 0);
@@ -95,6 +99,6 @@ DEVICE void write(const Arguments& a, const Shared& s, const Cursor& begin, bool
   __syncwarp();  // what lane 0 has seen is seen by all
   Candidate* able = (Candidate*)s.ring(0);  // the block's stages are done with
   static_assert(CHOOSE != 1 || EXPERTS * (int)sizeof(Candidate) <= STAGES * STAGE, "");
-  choose<EXPERTS, TOP, NORMALIZE>(a.logits, a.bias, a.scale, able, s.ids(), a.ids, a.chosen);
+  choose<EXPERTS, TOP, NORMALIZE>(a.logits, biases, a.scale, able, s.ids(), a.ids, a.chosen);
 #endif
 }
