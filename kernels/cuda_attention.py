@@ -13,11 +13,11 @@ SIZE, MOST, THREADS, CLUSTER = 128, 16, 256, TICKETS
 """Of a head, query heads of a KV head at most, and a block and a cluster of blocks: the kernel's."""
 BLOCKS = 128
 """Of the launch, over all KV heads: about as many as the largest chip has multiprocessors."""
-ALONE = 256
-"""Positions of a block, up to which a KV head has one cluster: adding up several takes time, too.
+ALONE = 2 * 128 * SIZE
+"""Bytes of keys of a block, up to which a KV head has one cluster: two chunks, which come before the wait.
 
-On an H200 one cluster is 2 us faster than eight at 2,560 positions, and 0.4 us slower at 3,100: 384 is worth a
-measurement.
+H200, an attention layer of Lightning: FP8, one cluster 21.8 us and eight 22.3 at 2,048 positions, 24.5 and 22.5 at
+2,560; BF16, 21.4 and 22.1 at 1,024, 23.5 and 22.1 at 1,300.
 """
 POINTERS = ("q", "k", "v", "k_pages", "v_pages", "page_table", "position", "sums", "stats", "tickets", "out")
 
@@ -47,7 +47,7 @@ def attention_decode(
         "FP8": str(int(fp8)),
         "CLUSTER": str(CLUSTER),
         "CLUSTERS": str(clusters),
-        "ALONE": str(ALONE),
+        "ALONE": str(ALONE // (SIZE * cache.k.element_size())),
     }
     kernel = nvrtc.load("attention.cu", defines, THREADS, shared_bytes(fp8), q.device)
     stats = torch.empty((kv_heads, clusters, MOST, 2), device=q.device)

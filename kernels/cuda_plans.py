@@ -97,37 +97,38 @@ def role(plan: Plan) -> str:
 
 MEASURED: dict[int, dict[tuple[str, int, int], tuple[Cut, *tuple[int, ...]]]] = {
     9: {
-        ("read", 4, 2688): (Cut(2, 4), 1),
-        ("read", 8, 2688): (Cut(2, 6, 8), 1),
-        ("read", 16, 2688): (Cut(1, 3, 8), 1),
-        ("read", 8, 4096): (Cut(1, 4, 8), 1),
-        ("read", 16, 4096): (Cut(2, 4), 1),
-        ("add", 4, 4096): (Cut(4, 4), 2),
-        ("add", 8, 4096): (Cut(1, 4, 8, longest=2048), 1),
-        ("add", 16, 4096): (Cut(2, 4, 8), 1),
+        ("read", 4, 2688): (Cut(2, 6, in_flight=2), 2),
+        ("read", 8, 2688): (Cut(2, 6, 8, in_flight=3, paced=True), 1),
+        ("read", 16, 2688): (Cut(2, 4, 8), 2),
+        ("read", 8, 4096): (Cut(1, 4, 8, in_flight=2), 1),
+        ("read", 16, 4096): (Cut(2, 6, 8, in_flight=2), 1),
+        ("add", 4, 4096): (Cut(4, 4, in_flight=1), 2),
+        ("add", 8, 4096): (Cut(2, 4, 8), 1),
+        ("add", 16, 4096): (Cut(2, 4, 8, in_flight=2), 1),
         ("add", 8, 8192): (Cut(1, 4, 8), 1),
         ("add", 8, 1024): (Cut(2, 6, 8), 2),
         ("add", 16, 1024): (Cut(2, 6, 8), 2),
-        ("front", 32, 2688): (Cut(1, 4, 8), 1, 1),
+        ("front", 32, 2688): (Cut(1, 4, 8), 1, 2),
         ("front", 16, 2688): (Cut(2, 8), 1, 2),
         ("front", 16, 4096): (Cut(1, 4, 8), 1),
-        ("up", 4, 3712): (Cut(2, 6, 8), 1),
+        ("up", 4, 3712): (Cut(2, 6, 8, in_flight=2), 1),
         ("up", 4, 5376): (Cut(1, 3, 8), 2),
-        ("up", 8, 5376): (Cut(1, 3, 8), 2),
+        ("up", 8, 5376): (Cut(2, 6), 1),
         ("up", 16, 5376): (Cut(1, 3, 8), 1),
         ("down", 4, 1856): (Cut(4, 8), 1),
-        ("down", 4, 2688): (Cut(2, 4), 1),
-        ("head", 4, 2688): (Cut(2, 4), 2),
-        ("head", 16, 2688): (Cut(2, 8), 1),
+        ("down", 4, 2688): (Cut(4, 8), 1),
+        ("head", 4, 2688): (Cut(2, 6, in_flight=2), 2),
+        ("head", 16, 2688): (Cut(2, 8, in_flight=4, paced=True), 1),
         ("head", 16, 4096): (Cut(2, 6, 8), 1),
     }
 }
 """Of a chip's major number: for a role, and the first part's bits and columns, the fastest cut, and the eights of
 rows that the jobs of its first parts have.
 
-H200, 2026-11-30, chains of layers, one launch's cut after another until nothing gained. That was a script;
-tests/gpu_cuda_tune.py, which was made from it, has not run on a card. Those of few layers of Super were not tuned
-but taken from their neighbours: "up" of 4 and of 16 bits, "add" of 8 bits and 1,024 columns.
+H200, 2026-11-30, chains of layers: one launch's cut after another, once, as tests/gpu_cuda_tune.py does it. Nano
+and Lightning share ("up", 4, 3712) and attention's, for which they found the same but for groups and in_flight:
+Lightning's stand. Those of few layers of Super were not tuned but taken from their neighbours: "up" of 4 and of 16
+bits, "add" of 8 bits and 1,024 columns.
 """
 
 

@@ -20,7 +20,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine()
     monkeypatch.setattr(nvrtc, "load", machine.load)
     monkeypatch.setattr(cuda_attention, "BLOCKS", 48)
-    monkeypatch.setattr(cuda_attention, "ALONE", 4)
+    monkeypatch.setattr(cuda_attention, "ALONE", 4 * 2 * SIZE)
 
     def empty(size: tuple[int, ...], dtype: torch.dtype = torch.float32, device: object = None) -> torch.Tensor:
         made = torch.full(size, torch.nan, dtype=dtype)
@@ -43,7 +43,7 @@ def test_a_token(machine: Machine, dtype: torch.dtype, heads: int, kv_heads: int
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP8])
-@pytest.mark.parametrize("alone", [0, LONG * PAGE])
+@pytest.mark.parametrize("alone", [0, LONG * PAGE * 2 * SIZE])
 @pytest.mark.parametrize("position", [2560, LONG * PAGE - 1])
 def test_several_chunks(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, alone: int, position: int

@@ -3,8 +3,9 @@
 import pytest
 
 from nanoserve.cuda_launches import launches
-from nanoserve.kernels import cuda_plans
+from nanoserve.kernels import cuda_attention, cuda_plans
 from nanoserve.kernels.chips import MULTIPROCESSORS, shared_room
+from nanoserve.kernels.cubin import RESERVED
 from nanoserve.kernels.cuda_plans import MEASURED, Matrix, fitted, normed, plain, role
 from nanoserve.kernels.cuda_products import Cut, Plan, Router
 
@@ -38,6 +39,13 @@ def test_what_is_not_measured_follows_the_rule(major: int, matrix: Matrix) -> No
     plan, cut = fitted(plain(matrix, "BF16", ready=False), major)
     assert plan.shared(cut) <= shared_room(major)
     assert cut.stages % cut.groups == 0
+
+
+@pytest.mark.parametrize("hidden", [2688, 4096])
+def test_what_reads_attention_has_room_beside_it(hidden: int) -> None:
+    """On Hopper, with an FP8 cache: else its weights come only when attention has ended (1.5 us a layer)."""
+    plan, cut = fitted(plain(Matrix(16, hidden, 4096), "STREAM", ready=False), 9)
+    assert plan.shared(cut) + RESERVED + cuda_attention.shared_bytes(True) <= shared_room(9)
 
 
 def test_a_measured_cut_that_does_not_fit_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,9 +40,9 @@ DEVICE void fill_next_vector(const Arguments& a, const Shared& s, const Cursor& 
   if (SUMMED(0)) fill_vector<0>(a, s, c, stage);
 }
 
-// It has nothing else to do: with results to write as well, a job took it as long as the others. Its lane i fills the
-// i-th stage, and the lane behind them whatever comes after. So much on its way at once makes everything slow that others
-// wait for (vectors, code), so only IN_FLIGHT stages are at a time while the ring is filled, and PACED, later, too.
+// It has nothing else to do: with results to write as well, a job took it as long as the others. A ring that is asked for
+// at once makes slow whatever else is on its way, vectors and code above all: no more than IN_FLIGHT stages are, until
+// the ring is full, or PACED, always. (A lane for each stage, which waits for another's, would put the warp to sleep.)
 DEVICE void copy(const Arguments& a, const Shared& s, const Cursor& begin, bool some) {
   const int lane = threadIdx.x & 31;
   if (lane == 0) {
@@ -53,34 +53,33 @@ DEVICE void copy(const Arguments& a, const Shared& s, const Cursor& begin, bool 
     publish_barriers();
   }
   __syncthreads();
-  Cursor mine = begin;
-  bool left = some && lane <= STAGES;
-#pragma unroll 1
-  for (int i = 0; i < STAGES; ++i)
-    if (left && i < lane) left = mine.next_stage();
-  const bool fills = left && lane < STAGES, known = fills && (CHOOSE == 3 || !mine.chosen());
   const auto take_ids = [&] {
     if (lane < TOP) s.ids()[lane] = __ldcg(a.ids + lane);
     __syncwarp();
   };
-  const auto fill_ring = [&](bool these, bool whole) {  // with their vectors, or without
+  Cursor mine = begin;
+  bool left = some;
+  int filled = 0;
+  const auto fill_ring = [&](bool whole) {  // with their vectors, or without
 #pragma unroll 1
-    for (int i = 0; i < STAGES; ++i) {
-      if (!these || i != lane) continue;
-      if (IN_FLIGHT && i >= IN_FLIGHT && (whole || !SUMMED(0))) wait_phase(s.full(i - IN_FLIGHT), 0);
-      fill_next(a, s, mine, i);
-      if (whole) fill_next_vector(a, s, mine, i);
+    for (; left && filled < STAGES && (whole || CHOOSE == 3 || !mine.chosen()); ++filled) {
+      if (lane == 0) {
+        if (IN_FLIGHT && filled >= IN_FLIGHT && (whole || !SUMMED(0))) wait_phase(s.full(filled - IN_FLIGHT), 0);
+        fill_next(a, s, mine, filled);
+        if (whole) fill_next_vector(a, s, mine, filled);
+      }
+      left = mine.next_stage();
     }
   };
   if (CHOOSE == 3) take_ids();
-  fill_ring(known, false);  // what the launch in front does not decide
+  fill_ring(false);  // what the launch in front does not decide
   wait_for_producers();
-  if (known) fill_next_vector(a, s, mine, lane);
+  if (SUMMED(0) && lane < filled) fill_vector<0>(a, s, {0, 0, lane % stages(0)}, lane);
   if (CHOOSE == 2) {
     take_ids();
-    fill_ring(fills && !known, true);
+    fill_ring(true);
   }
-  if (lane != STAGES) return;
+  if (lane > 0) return;
   let_next_begin();
   int stage = 0;
   u32 parity = 0;

@@ -13,22 +13,10 @@ CONSTANT int columns_of(int bits) { return 1024 / bits; }  // of a step
 CONSTANT float down_of(int bits) { return bits == 4 ? 4611686018427387904.0f : bits == 8 ? 72057594037927936.0f : 1.0f; }
 
 // Eight codes, as pairs (0, 4) (1, 5) (2, 6) (3, 7): sign at bit 15, the other bits at 8 to 6. 4160 is 2^12 + 2^6.
-#ifndef MULHI
-#define MULHI 0
-#endif
-DEVICE u32 right_eight(u32 w) {
-#if MULHI
-  u32 r;
-  asm("mul.hi.u32 %0, %1, %2;" : "=r"(r) : "r"(w), "r"(gridDim.z << 24));
-  return r;
-#else
-  return w >> 8;
-#endif
-}
 DEVICE void codes(u32 w, u32* pair) {
   pair[0] = (w & 0x000F000Fu) * 4160u & 0x81C081C0u;
   pair[1] = (w & 0x00F000F0u) * 260u & 0x81C081C0u;
-  w = right_eight(w);
+  w >>= 8;
   pair[2] = (w & 0x000F000Fu) * 4160u & 0x81C081C0u;
   pair[3] = (w & 0x00F000F0u) * 260u & 0x81C081C0u;
 }
