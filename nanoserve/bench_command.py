@@ -57,9 +57,9 @@ def _source(options: argparse.Namespace, engine_options: EngineConfig) -> tuple[
     bar = LoadBar("weights")
     if options.shape:
         made = prepare_shape(options.shape, engine_options, _say)
-        return made, lambda: assemble(made, random_fields(made.manifest, made.device, bar))
+        return made, lambda: assemble(made, random_fields(made.manifest, made.device, bar), _say)
     read = prepare(open_checkpoint(options.model or DEMO_MODEL), engine_options, _say)
-    return read, lambda: load_engine(read, bar)
+    return read, lambda: load_engine(read, bar, _say)
 
 
 def _check_context(prepared: Prepared, wanted: BenchOptions) -> None:

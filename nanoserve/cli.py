@@ -89,7 +89,7 @@ def _run(options: argparse.Namespace) -> int:
         _announce(prepared, tokenizer is not None)
         bar = LoadBar("weights")
         worker = Worker(
-            lambda: load_engine(prepared, bar),
+            lambda: load_engine(prepared, bar, _say),
             max_queue=server_options.max_queue,
             hang_timeout=server.hang_timeout(server_options, prepared.device.type),
         )
@@ -165,7 +165,7 @@ def _generate(options: argparse.Namespace) -> int:
             )
         prepared = prepare(checkpoint, engine_options, _say)
         _announce(prepared, has_tokenizer=True)
-        engine = stack.enter_context(LocalEngine(prepared, tokenizer, LoadBar("weights")))
+        engine = stack.enter_context(LocalEngine(prepared, tokenizer, LoadBar("weights"), _say))
         if options.json:
             answer = engine.generate(prompt, **sampling)
             usage = {

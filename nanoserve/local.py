@@ -29,6 +29,7 @@ from nanoserve.request import (
 )
 from nanoserve.startup import Prepared, load_engine, prepare
 from nanoserve.tokenizer import Tokenizer
+from nanoserve.warm_up import Say, silent
 from nanoserve.weights import Progress
 from nanoserve.worker import Worker
 
@@ -76,11 +77,17 @@ class Completion:
 class LocalEngine:
     """A loaded model. Requests from several threads run one after another. Use it as a context manager."""
 
-    def __init__(self, prepared: Prepared, tokenizer: Tokenizer | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        tokenizer: Tokenizer | None,
+        progress: Progress,
+        say: Say = silent,
+    ) -> None:
         self.tokenizer = tokenizer
         self.prepared = prepared
         self._defaults = sampling_defaults(prepared.checkpoint.generation_config)
-        self._worker = Worker(lambda: load_engine(prepared, progress), max_queue=1024)
+        self._worker = Worker(lambda: load_engine(prepared, progress, say), max_queue=1024)
         try:
             self._worker.wait_ready()
         except BaseException:

@@ -1,7 +1,7 @@
 """From options and a checkpoint to a running engine, in the order a user sees it."""
 
 import os
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from nanoserve.models.nemotron_h import Fields, NemotronH
 from nanoserve.op_cases import Subject
 from nanoserve.plan import MemoryPlan, plan_memory, size
 from nanoserve.step import DecodeBuffers
+from nanoserve.warm_up import Say, compiling, silent, warm_up
 from nanoserve.weights import Manifest, Progress, load, resolve
 
 _SMALL = 512
@@ -123,11 +124,7 @@ def examine(checkpoint: Checkpoint, options: EngineConfig) -> Examined:
     return Examined(checkpoint, options, config, manifest, device, ops, shape)
 
 
-def _silent(line: str) -> None:
-    """Libraries do not print."""
-
-
-def prepare(checkpoint: Checkpoint, options: EngineConfig, say: Callable[[str], None] = _silent) -> Prepared:
+def prepare(checkpoint: Checkpoint, options: EngineConfig, say: Say = silent) -> Prepared:
     """Check everything, choose the fastest backend where several are able, and fit it into the device's memory.
 
     Args:
@@ -152,8 +149,13 @@ def subject_of(e: Examined) -> Subject:
     return Subject.of(e.config, e.manifest, e.device, e.shape.conv_dtype, e.shape.kv_dtype)
 
 
-def load_engine(prepared: Prepared, progress: Progress) -> Engine:
+def load_engine(prepared: Prepared, progress: Progress, say: Say = silent) -> Engine:
     """Read the weights and allocate the cache.
+
+    Args:
+        prepared: what is to be loaded.
+        progress: called with (bytes read, bytes in all).
+        say: as of `assemble`.
 
     Raises:
         CheckpointError: what only the data shows.
@@ -163,7 +165,7 @@ def load_engine(prepared: Prepared, progress: Progress) -> Engine:
     if (threads := cpu_threads(p)) is not None:
         torch.set_num_threads(threads)  # also for threads that this process starts later
     try:
-        return assemble(p, load(p.checkpoint, p.manifest, p.device, progress))
+        return assemble(p, load(p.checkpoint, p.manifest, p.device, progress), say)
     except torch.OutOfMemoryError as error:
         raise MemoryPlanError(
             f"the memory ran out while loading: {size(p.memory.budget - p.memory.left)} are needed, of "
@@ -172,11 +174,18 @@ def load_engine(prepared: Prepared, progress: Progress) -> Engine:
         ) from error
 
 
-def assemble(prepared: Prepared, fields: Fields) -> Engine:
+def assemble(prepared: Prepared, fields: Fields, say: Say = silent) -> Engine:
     """The engine over weights that are there, with its cache; captures the decode step where it is to be a graph.
 
+    On a GPU it answers some prompts, so that no request waits for a compiler.
+
+    Args:
+        prepared: what is to run.
+        fields: its weights.
+        say: called with a line for what is compiled.
+
     Raises:
-        EngineError: it cannot be captured.
+        EngineError: it cannot be captured, or a weight is damaged.
     """
     p = prepared
     scales = tuple((fields[i, "k_scale"], fields[i, "v_scale"]) for i in p.config.layers("*"))
@@ -187,16 +196,22 @@ def assemble(prepared: Prepared, fields: Fields) -> Engine:
     cache = Cache.allocate(p.config, p.shape, p.device, scales)
     buffers = DecodeBuffers.allocate(p.config.vocab_size, p.device)
     sampler = SamplerState.allocate(p.config.vocab_size, p.device)
-    return Engine(
+    compiles = p.device.type == "cuda" and any(backend != "torch" for backend in p.backends.values())
+    with compiling("decode steps", say) if compiles else nullcontext():
+        decoder = Decoder.make(model, cache, buffers, sampler, Capture.new() if p.graph else None)
+    engine = Engine(
         model=model,
         cache=cache,
         buffers=buffers,
         sampler=sampler,
-        decoder=Decoder.make(model, cache, buffers, sampler, Capture.new() if p.graph else None),
+        decoder=decoder,
         device=p.device,
         end_ids=p.end_ids,
         prefill_chunk=p.prefill_chunk,
     )
+    if compiles:
+        warm_up(engine, say)
+    return engine
 
 
 def cpu_threads(examined: Examined) -> int | None:

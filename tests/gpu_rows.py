@@ -1,10 +1,11 @@
 """By hand, on a card: what issue 5 asks for beside `nanoserve bench`'s own table, at a released geometry.
 
-    cd tests && PYTHONPATH=..:. python gpu_rows.py COMMIT OUT [http long context drift]
+    cd tests && PYTHONPATH=..:. python gpu_rows.py COMMIT OUT [http long context drift same]
 
 http: TPOT of a streamed answer through the server, read by another process, beside TPOT in process.
 long: 8,192 tokens decoded in one go: time a token early and late, device memory before and after, the same again.
 drift: the demonstration model's logits after 8,192 decode steps, beside those of a prefill of the same tokens.
+same: the tokens of decode steps op by op and as a graph, over the same weights; greedy, seeded and truncated.
 context: TPOT at 2k and at 32k of context, beside the time that the additional bytes take.
 Written to OUT/rows_SHAPE.json after each.
 """
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,15 @@ from nanoserve.shapes import prepare_shape, random_fields
 from nanoserve.startup import Prepared, assemble, load_engine, prepare
 from nanoserve.step import prefill
 from nanoserve.traffic import read_bandwidth, token_traffic
+from nanoserve.weights import load
 from nanoserve.worker import Worker
 
 SHAPE: ShapeName = "nano"
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "seeded": {"seed": 3},
+    "truncated": {"seed": 4, "top_p": 0.9, "top_k": 30},
+}
 CLIENT = """
 import http.client, json, sys, time
 port, prompt, tokens = int(sys.argv[1]), json.load(sys.stdin), int(sys.argv[2])
@@ -59,12 +67,14 @@ print(json.dumps({"tpot_ms": tpot, "tokens": count, "events": len(stamps)}))
 """
 
 
+def quiet(done: int, total: int) -> None:
+    """No progress."""
+
+
 def made(max_context: int) -> tuple[Prepared, Engine]:
     """The shape with random weights."""
     prepared = prepare_shape(SHAPE, EngineConfig(max_context=max_context))
-    return prepared, assemble(
-        prepared, random_fields(prepared.manifest, prepared.device, lambda done, total: None)
-    )
+    return prepared, assemble(prepared, random_fields(prepared.manifest, prepared.device, quiet))
 
 
 def over_http() -> dict[str, Any]:
@@ -157,6 +167,31 @@ def long_run() -> dict[str, Any]:
     return result
 
 
+def same_tokens() -> dict[str, Any]:
+    """Of the shape and of the demonstration model: 256 tokens after a prompt of 300, three ways of sampling."""
+    result: dict[str, Any] = {}
+    shape = prepare_shape(SHAPE, EngineConfig(max_context=1024))
+    demo = prepare(open_checkpoint(DEMO_MODEL), EngineConfig(max_context=1024))
+    weights = {
+        SHAPE: (shape, random_fields(shape.manifest, shape.device, quiet)),
+        "demo": (demo, load(demo.checkpoint, demo.manifest, demo.device, quiet)),
+    }
+    for name, (prepared, fields) in weights.items():
+        eager, graph = (
+            assemble(replace(prepared, options=replace(prepared.options, decode=how)), fields)
+            for how in ("eager", "graph")
+        )
+        prompt = tuple(range(100, 400))
+        for kind, sampling in SAMPLINGS.items():
+            request = Request(prompt, SamplingParams(max_tokens=256, ignore_eos=True, **sampling))
+            one, other = (
+                [event.id for event in engine.generate(request) if isinstance(event, Token)]
+                for engine in (eager, graph)
+            )
+            result[f"{name}, {kind}"] = {"same": one == other, "different_ids": len(set(one))}
+    return result
+
+
 def drift() -> dict[str, float]:
     """The demonstration model: 8,192 tokens decoded, against a prefill of the same in chunks.
 
@@ -167,7 +202,7 @@ def drift() -> dict[str, float]:
     a drift would grow.
     """
     prepared = prepare(open_checkpoint(DEMO_MODEL), EngineConfig(max_context=8400))
-    engine = load_engine(prepared, lambda done, total: None)
+    engine = load_engine(prepared, quiet)
     sampling = SamplingParams(max_tokens=8192, temperature=1.0, seed=3, ignore_eos=True)
     ids = [event.id for event in engine.generate(Request((1, 5, 9), sampling)) if isinstance(event, Token)]
     result: dict[str, float] = {}
@@ -220,13 +255,14 @@ def by_context() -> dict[str, Any]:
 
 def main() -> None:
     """What was asked for."""
-    commit, out, wanted = sys.argv[1], Path(sys.argv[2]), sys.argv[3:] or ["http", "long", "context", "drift"]
     works: dict[str, Callable[[], dict[str, Any]]] = {
         "http": over_http,
         "long": long_run,
         "context": by_context,
         "drift": drift,
+        "same": same_tokens,
     }
+    commit, out, wanted = sys.argv[1], Path(sys.argv[2]), sys.argv[3:] or list(works)
     rows: dict[str, Any] = {"commit": commit, "shape": SHAPE, "device": torch.cuda.get_device_name()}
     for name in wanted:
         begin = time.monotonic()

@@ -23,7 +23,7 @@ FLOORS = (
     {"weights", "sampler", "step", "graph", "experts", "dense_scales", "plan", "progress"},
     {"machine"},
     {"engine"},
-    {"traffic", "breakdown", "timing", "op_cases", "op_checks", "trial", "calibrate", "calibrating"},
+    {"traffic", "breakdown", "timing", "op_cases", "op_checks", "trial", "calibrate", "calibrating", "warm_up"},
     {"startup", "inspection"},
     {"arguments", "parsing"},
     {

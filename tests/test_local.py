@@ -20,6 +20,7 @@ from nanoserve.grammar import Choice, JsonSchema
 from nanoserve.local import LocalEngine
 from nanoserve.request import sampling_defaults
 from nanoserve.startup import Prepared, load_engine
+from nanoserve.warm_up import Say
 from nanoserve.weights import Progress
 
 CHAT = [{"role": "user", "content": "Hello"}]
@@ -241,8 +242,8 @@ def test_bad_options_and_paths_are_typed(tmp_path: Path, random_checkpoint: Path
 def test_closing_frees_the_weights(random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[weakref.ref[Tensor]] = []
 
-    def loaded(prepared: Prepared, progress: Progress) -> Engine:
-        engine = load_engine(prepared, progress)
+    def loaded(prepared: Prepared, progress: Progress, say: Say) -> Engine:
+        engine = load_engine(prepared, progress, say)
         seen.append(weakref.ref(engine.model.embeddings))
         return engine
 
