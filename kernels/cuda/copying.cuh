@@ -40,9 +40,10 @@ DEVICE void fill_next_vector(const Arguments& a, const Shared& s, const Cursor& 
   if (SUMMED(0)) fill_vector<0>(a, s, c, stage);
 }
 
-// It has nothing else to do: with results to write as well, a job took it as long as the others. A ring that is asked for
-// at once makes slow whatever else is on its way, vectors and code above all: no more than IN_FLIGHT stages are, until
-// the ring is full, or PACED, always. (A lane for each stage, which waits for another's, would put the warp to sleep.)
+// It has nothing else to do: with results to write as well, a job took it as long as the others. A ring that is asked
+// for at once makes slow whatever else is on its way, vectors and code above all: no more than IN_FLIGHT stages are,
+// until the ring is full, or PACED, always. (A lane for each stage, which waits for another's, would put the warp to
+// sleep.)
 DEVICE void copy(const Arguments& a, const Shared& s, const Cursor& begin, bool some) {
   const int lane = threadIdx.x & 31;
   if (lane == 0) {
