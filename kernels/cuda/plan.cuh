@@ -4,9 +4,10 @@
 // NVRTC is given: GROUPS (a power of two) of GROUP warps, STAGES (a multiple of GROUPS, so that a stage is always the
 // same group's), LONGEST (bytes of a row that are copied at once, but for codes), IN_FLIGHT (stages that are on their
 // way at once while the ring is filled, or 0 for all) and PACED (also later);
-// PARTS and lists with an entry a part: EIGHTS_OF (of rows of a job: 1, 2 or 4), BITS_OF, COLUMNS_OF, COPIES_OF (experts, or 1),
-// ROWS_OF, SUMMED_OF (experts' results are added up), CHOSEN_OF (the part is of experts), VECTOR_OF (which vector it reads), TO_OF (what becomes of a result), FOR_OF (bits of the weights
-// that will meet it, whose order it is left in, or 0); VECTORS and lists with an entry a vector: V_BITS_OF (of the
+// PARTS and lists with an entry a part: EIGHTS_OF (of rows of a job: 1, 2 or 4), BITS_OF, COLUMNS_OF, COPIES_OF
+// (experts, or 1), ROWS_OF, SUMMED_OF (experts' results are added up), CHOSEN_OF (the part is of experts), VECTOR_OF
+// (which vector it reads), TO_OF (what becomes of a result), FOR_OF (bits of the weights that will meet it, whose order
+// it is left in, or 0); VECTORS and lists with an entry a vector: V_BITS_OF (of the
 // weights that meet it), V_COLUMNS_OF, V_NONE_OF (it is none: a summed part's), V_SOURCE_OF (which input),
 // V_NORMED_OF, V_READY_OF (it is left in the weights' order); and EXPERTS, TOP, NORMALIZE, CHOOSE: 1, experts are
 // chosen here, when the first part, the router, is done; 2, the launch in front has chosen; 3, one before that has; 0.
