@@ -95,6 +95,12 @@ def role(plan: Plan) -> str:
     return {"STREAM": "add", "FLOAT": "head"}.get(first.to, "read")
 
 
+def key(plan: Plan) -> tuple[str, int, int]:
+    """What `MEASURED` knows a launch by: its role, and the first part's bits and columns."""
+    first = plan.parts[0]
+    return role(plan), first.bits, first.columns
+
+
 MEASURED: dict[int, dict[tuple[str, int, int], tuple[Cut, *tuple[int, ...]]]] = {
     9: {
         ("read", 4, 2688): (Cut(2, 6, in_flight=2), 2),
@@ -122,8 +128,7 @@ MEASURED: dict[int, dict[tuple[str, int, int], tuple[Cut, *tuple[int, ...]]]] = 
         ("head", 16, 4096): (Cut(2, 6, 8), 1),
     }
 }
-"""Of a chip's major number: for a role, and the first part's bits and columns, the fastest cut, and the eights of
-rows that the jobs of its first parts have.
+"""Of a chip's major number, by `key`: the fastest cut, and the eights of rows of the jobs of its first parts.
 
 H200, 2026-11-30, chains of layers: one launch's cut after another, once, as tests/gpu_cuda_tune.py does it. Nano
 and Lightning share ("up", 4, 3712) and attention's, for which they found the same but for groups and in_flight:
@@ -138,8 +143,8 @@ def fitted(plan: Plan, major: int) -> tuple[Plan, Cut]:
 
     Where two launches have room beside each other, the next one's weights are on their way before it is its turn.
     """
-    room, first = shared_room(major), plan.parts[0]
-    found = MEASURED.get(major, {}).get((role(plan), first.bits, first.columns))
+    room = shared_room(major)
+    found = MEASURED.get(major, {}).get(key(plan))
     if found:
         measured, *tall = found
         parts = (replace(part, eights=eights) for part, eights in zip(plan.parts, tall, strict=False))

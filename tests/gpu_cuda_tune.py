@@ -117,7 +117,7 @@ class Tuning:
 
         def noted(plan: Plan, major: int) -> tuple[Plan, Cut]:
             other, cut = fitted(plan, major)
-            self.seen.setdefault(key_of(plan), (plan, cut))
+            self.seen.setdefault(cuda_plans.key(plan), (plan, cut))
             return other, cut
 
         cuda_plans.fitted = noted  # pyright: ignore[reportAttributeAccessIssue]
@@ -127,12 +127,6 @@ class Tuning:
             return float("inf")
         finally:
             cuda_plans.fitted = fitted
-
-
-def key_of(plan: Plan) -> Key:
-    """As `cuda_plans.MEASURED` has it."""
-    first = plan.parts[0]
-    return cuda_plans.role(plan), first.bits, first.columns
 
 
 def rings(plan: Plan) -> Iterator[Choice]:

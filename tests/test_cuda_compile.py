@@ -1,8 +1,10 @@
 """The kernels of CUDA C++ compile for every chip as released models launch them, fit it, and have no stack."""
 
 import os
+from functools import partial
 from pathlib import Path
 
+import gpu_cuda
 import pytest
 
 from nanoserve.config import ShapeName
@@ -49,6 +51,17 @@ def test_launches_fit_the_chip(shape: ShapeName, architecture: str) -> None:
         found += faults(launch, kernel, architecture)
     assert ops == {"norm_linears", "mamba_decode", "attention_decode", "linear_add", "moe_add", "head"}
     assert not found, "\n".join(found)
+
+
+def test_the_trace_knows_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its marks stand where it looks for them, and what it makes compiles: it is run by hand, on a card."""
+    monkeypatch.setattr(nvrtc, "source", partial(gpu_cuda.marked, nvrtc.source))
+    launched: set[str] = set()
+    for op, launch in launches("lightning", (9, 0)):
+        if op in ("mamba_decode", "moe_add"):
+            nvrtc.compiled(launch.name, (9, 0), dict(launch.defines))
+            launched.add(launch.name)
+    assert launched == set(gpu_cuda.MARKS)
 
 
 def test_formats_are_those_of_the_releases() -> None:

@@ -6,7 +6,7 @@ from nanoserve.cuda_launches import launches
 from nanoserve.kernels import cuda_attention, cuda_plans
 from nanoserve.kernels.chips import MULTIPROCESSORS, shared_room
 from nanoserve.kernels.cubin import RESERVED
-from nanoserve.kernels.cuda_plans import MEASURED, Matrix, fitted, normed, plain, role
+from nanoserve.kernels.cuda_plans import MEASURED, Matrix, fitted, key, normed, plain
 from nanoserve.kernels.cuda_products import Cut, Plan, Router
 
 ROUTER = Router(128, 6, True, "here")
@@ -18,12 +18,10 @@ def test_every_measured_cut_is_of_a_released_launch(monkeypatch: pytest.MonkeyPa
 
     def noted(plan: Plan, major: int) -> tuple[Plan, Cut]:
         whole, cut = fitted(plan, major)
-        first = plan.parts[0]
-        key = role(plan), first.bits, first.columns
-        if key in MEASURED[9]:
-            assert cut == MEASURED[9][key][0]
-            assert tuple(part.eights for part in whole.parts)[: len(MEASURED[9][key]) - 1] == MEASURED[9][key][1:]
-        seen.setdefault(key, set()).add(whole.shared(cut) <= shared_room(9))
+        if (own := key(plan)) in MEASURED[9]:
+            assert cut == MEASURED[9][own][0]
+            assert tuple(part.eights for part in whole.parts)[: len(MEASURED[9][own]) - 1] == MEASURED[9][own][1:]
+        seen.setdefault(own, set()).add(whole.shared(cut) <= shared_room(9))
         return whole, cut
 
     monkeypatch.setattr(cuda_plans, "fitted", noted)
