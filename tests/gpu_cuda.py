@@ -60,7 +60,7 @@ MARKS = {  # of a kernel: (what stands once in it, what goes in front of it, wha
         ("  if (SUMMED(0) && lane < filled)", "COPIER(9)\n", ""),
         ("  if (lane > 0) return;\n", "COPIER(10)\n", ""),
         ("    wait_phase(s.done(stage), parity);\n", "", "COPIER(12)\n"),
-        ("#if CHOOSE == 1\n  const int routers", "COPIER(13)\n", ""),
+        ("#if CHOOSE == 1\n  if (blockIdx.x >= routers) return;\n", "COPIER(13)\n", ""),
         ("s.ids(), a.ids, a.chosen);\n", "", "COPIER(14)\n"),
     ),
     "mamba.cu": (
